@@ -1,0 +1,3 @@
+"""maxlm: pretraining of decoder language models on JAX."""
+
+__version__ = "0.1.0"

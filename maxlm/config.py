@@ -1,0 +1,357 @@
+"""The configuration of a whole run, as frozen dataclasses of plain values.
+
+A run is one `RunConfig`. `configs/*.py` build one, `--set a.b=c` edits one (overrides.py), and the
+resolved value is saved with the run as `config.json` and read back by `from_dict`. Every dataclass
+checks itself on construction and raises `schema.ConfigError`, a `ValueError` that names the field and the fix.
+
+Standard library only: reading a config must never start an accelerator runtime.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from maxlm.schema import check_types, flatten, require
+
+
+def _positive(section: str, **values: float) -> None:
+    for name, value in values.items():
+        require(value > 0, f"{section}.{name}={value!r} must be greater than 0")
+
+
+def _not_negative(section: str, **values: float) -> None:
+    for name, value in values.items():
+        require(value >= 0, f"{section}.{name}={value!r} must be 0 or greater")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its long-context scalings.
+
+    linear: positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595).
+    llama3: low frequencies divided by `factor`, a ramp between the two frequency factors (Llama 3.1).
+    yarn: NTK-by-parts with attention temperature (Peng et al. 2023, arXiv:2309.00071).
+    """
+
+    theta: float = 10_000.0
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original_max_len: int = 8192
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.rope")
+        _positive("model.rope", theta=self.theta, factor=self.factor, original_max_len=self.original_max_len)
+        require(
+            self.low_freq_factor < self.high_freq_factor,
+            f"model.rope.low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer. `layer_pattern` repeats over the layers and is the unit of the layer loop."""
+
+    num_layers: int = 12
+    hidden_dim: int = 768
+    num_heads: int = 12
+    num_kv_heads: int = 12
+    head_dim: int = 64
+    mlp_dim: int = 3072
+    vocab_size: int = 32_768
+    tie_embeddings: bool = True
+    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"  # gelu: no gate, two matrices
+    norm_placement: Literal["pre", "post", "both"] = "pre"  # 'post' norms each sublayer's output (OLMo 2)
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)
+    sliding_window: int = 4096  # tokens a 'local' layer sees, its own included
+    attention_softcap: float = 0.0  # 0 means none (Gemma 2, arXiv:2408.00118)
+    logit_softcap: float = 0.0
+    init_std: float = 0.02
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_dim: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self, "model")
+        for name in ("num_layers", "hidden_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size",
+                     "norm_eps", "sliding_window", "init_std"):
+            _positive("model", **{name: getattr(self, name)})
+        _not_negative("model", attention_softcap=self.attention_softcap, logit_softcap=self.logit_softcap)
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}",
+        )
+        require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even (rotary embedding pairs dims)")
+        require(len(self.layer_pattern) > 0, "model.layer_pattern must name at least one layer kind")
+        require(
+            self.num_layers % len(self.layer_pattern) == 0,
+            f"model.num_layers={self.num_layers} must be a multiple of the {len(self.layer_pattern)} layers of "
+            "model.layer_pattern",
+        )
+        require(
+            self.num_experts == 0 and self.experts_per_token == 0 and self.expert_dim == 0,
+            "model.num_experts, experts_per_token and expert_dim must be 0: mixture of experts is not built yet",
+        )
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One prepared folder of a mixture and its sampling weight (in rows of `train.seq_len` tokens)."""
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self, "data.mixture")
+        _positive("data.mixture", weight=self.weight)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from: one prepared folder (`path`), several (`mixture`), or a named `source` that
+    `maxlm train` prepares into `RUN_DIR/data` on first use, with the tokenizer and split given here."""
+
+    path: str | None = None
+    source: str | None = None
+    mixture: tuple[DatasetConfig, ...] = ()
+    tokenizer: str = "bytes"  # for `source`: 'bytes', 'bpe:SIZE', or a tokenizer.json
+    heldout_fraction: float = 0.02  # for `source`: share of documents, chosen by hash
+    read_threads: int = 4
+    worker_processes: int = 0  # 0 reads in threads of the training process
+    prefetch_batches: int = 8
+
+    def __post_init__(self) -> None:
+        check_types(self, "data")
+        given = [n for n in ("path", "source", "mixture") if getattr(self, n)]
+        require(len(given) <= 1, f"data.{' and data.'.join(given)} are both given: keep one of path, source, mixture")
+        require(0 < self.heldout_fraction < 1, f"data.heldout_fraction={self.heldout_fraction} must be between 0 and 1")
+        _positive("data", read_threads=self.read_threads, prefetch_batches=self.prefetch_batches)
+        _not_negative("data", worker_processes=self.worker_processes)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained: how long, on how much, from which seed. Batch sizes count sequences."""
+
+    num_steps: int = 1000
+    global_batch_size: int = 32
+    seq_len: int = 1024
+    seed: int = 0
+    grad_accumulation: int = 1
+    z_loss: float = 0.0  # weight of mean(logsumexp^2) (PaLM, arXiv:2204.02311, section 5)
+
+    def __post_init__(self) -> None:
+        check_types(self, "train")
+        _positive("train", num_steps=self.num_steps, global_batch_size=self.global_batch_size, seq_len=self.seq_len,
+                  grad_accumulation=self.grad_accumulation)
+        _not_negative("train", z_loss=self.z_loss, seed=self.seed)
+        require(
+            self.global_batch_size % self.grad_accumulation == 0,
+            f"train.global_batch_size={self.global_batch_size} must be a multiple of "
+            f"train.grad_accumulation={self.grad_accumulation}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """`adamw` (Loshchilov & Hutter, arXiv:1711.05101), or `muon` (Jordan et al. 2024) on the layers' matrices
+    with AdamW on everything else. Weight decay is decoupled and skips norm scales."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # global gradient norm; 0 means no clipping
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    nu_dtype: Literal["float32", "bfloat16"] = "float32"
+    muon_learning_rate: float = 0.02
+    muon_momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_types(self, "optimizer")
+        _positive("optimizer", learning_rate=self.learning_rate, eps=self.eps,
+                  muon_learning_rate=self.muon_learning_rate)
+        _not_negative("optimizer", weight_decay=self.weight_decay, clip_norm=self.clip_norm)
+        for name in ("b1", "b2", "muon_momentum"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over steps: linear warm-up, then the named shape down to `final_fraction` of the peak.
+
+    wsd: warm-up, stable, then linear decay over the last `decay_steps` (Hu et al. 2024, arXiv:2404.06395).
+    """
+
+    name: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_steps: int = 0  # wsd only
+    final_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_types(self, "schedule")
+        _not_negative("schedule", warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
+        require(0 <= self.final_fraction <= 1, f"schedule.final_fraction={self.final_fraction} must be in [0, 1]")
+        require(self.name != "wsd" or self.decay_steps > 0, "schedule.decay_steps must be set for schedule.name='wsd'")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis. `fsdp='rest'` takes the devices that the other axes leave over."""
+
+    data: int = 1
+    stage: int = 1
+    fsdp: int | Literal["rest"] = "rest"
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        check_types(self, "mesh")
+        for name in AXES:
+            size = getattr(self, name)
+            require(size == "rest" or size > 0, f"mesh.{name}={size!r} must be 1 or more (sizes are absolute numbers)")
+        for name in ("stage", "expert", "context"):
+            require(getattr(self, name) == 1, f"mesh.{name}={getattr(self, name)} is not built yet: set it to 1 and "
+                                               "use mesh.data, mesh.fsdp or mesh.tensor")
+
+
+AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Arithmetic of matrix products. Parameters and optimizer masters are float32 in every recipe."""
+
+    recipe: Literal["float32", "bf16"] = "bf16"
+
+    def __post_init__(self) -> None:
+        check_types(self, "precision")
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """What a layer keeps for its backward pass: all of it ('none'), its input alone ('full'), the outputs of its
+    matrix products ('dots'), or attention's and the gated MLP's products ('names')."""
+
+    policy: Literal["none", "full", "dots", "names"] = "none"
+
+    def __post_init__(self) -> None:
+        check_types(self, "remat")
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the step is computed, never what: attention kernel, layer loop, loss chunks.
+
+    layer_unroll: repeats of the layer pattern compiled into one scan iteration; 'all' unrolls the whole stack.
+    loss_chunks: pieces of the sequence whose logits exist at one time; 'auto' picks from the vocabulary.
+    """
+
+    attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
+    layer_unroll: int | Literal["all"] = 1
+    loss_chunks: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_types(self, "compute")
+        for name in ("layer_unroll", "loss_chunks"):
+            value = getattr(self, name)
+            require(isinstance(value, str) or value > 0, f"compute.{name}={value!r} must be 1 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saves every `every_steps` and at the end. The newest `keep_last` stay, and every multiple of `keep_every`."""
+
+    every_steps: int = 500
+    keep_last: int = 2
+    keep_every: int = 0  # 0 keeps none beyond keep_last
+
+    def __post_init__(self) -> None:
+        check_types(self, "checkpoint")
+        _positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
+        _not_negative("checkpoint", keep_every=self.keep_every)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation every `every_steps` (0: at the end only) on `num_batches` global batches (0: all)."""
+
+    every_steps: int = 500
+    num_batches: int = 16
+
+    def __post_init__(self) -> None:
+        check_types(self, "eval")
+        _not_negative("eval", every_steps=self.every_steps, num_batches=self.num_batches)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """`profile_steps` steps from `profile_start` are traced into `RUN_DIR/profile` (0 steps: never)."""
+
+    every_steps: int = 10
+    tensorboard: bool = True
+    sample_prompt: str = ""  # text continued at the end of the run into sample.txt; empty: none
+    profile_start: int = 10
+    profile_steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self, "logging")
+        _positive("logging", every_steps=self.every_steps)
+        _not_negative("logging", profile_start=self.profile_start, profile_steps=self.profile_steps)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    remat: RematConfig = field(default_factory=RematConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        check_types(self, "")
+        ramp = self.schedule.warmup_steps + (self.schedule.decay_steps if self.schedule.name == "wsd" else 0)
+        require(
+            ramp <= self.train.num_steps,
+            f"schedule.warmup_steps + decay_steps = {ramp} is more than train.num_steps={self.train.num_steps}",
+        )
+
+
+# What only changes how a run runs, and so may differ when it resumes. Everything else decides what is trained.
+RESUMABLE = frozenset(
+    {"mesh", "remat", "compute", "checkpoint", "eval", "logging", "train.num_steps", "data.path", "data.read_threads",
+     "data.worker_processes", "data.prefetch_batches"}
+)
+
+
+def training_difference(saved: RunConfig, now: RunConfig) -> list[str]:
+    """Lines 'key: saved -> now' for every field that differs and decides what is trained.
+
+    `data.path` may move because the manifest's digest, not the folder's name, identifies the data
+    (checkpoint/ compares the digest). The step count may grow; a schedule that depends on it is the user's choice.
+    """
+    before, after = flatten(saved), flatten(now)
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in RESUMABLE and key.split(".")[0] not in RESUMABLE
+    ]
