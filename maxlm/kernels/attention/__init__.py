@@ -1,0 +1,74 @@
+"""Causal self-attention over packed rows, by the kernel each platform is fast with.
+
+    name, reason = choose_attention(config.compute.attention, platform="gpu", head_dim=64, ...)
+    out_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT=..., window=None, softcap=0.0, implementation=name)
+
+Dims: B batch, T query length, S key length, H query heads, G kv heads, R = H/G query heads per kv head, K head dim.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from maxlm.kernels.attention.choose import choose_attention
+from maxlm.kernels.attention.reference import reference_attention
+
+__all__ = ["attention", "choose_attention"]
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    *,
+    segment_ids_BT: jax.Array,
+    window: int | None,
+    softcap: float,
+    implementation: str,
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(softcap(scale * q k^T) + mask) v, as out_BTHK in q's dtype.
+
+    Query t sees key s where s <= t, t - s < window (if given) and both are of one segment. H is a multiple of G;
+    query head h reads kv head h // (H/G). S equals T: this is training's attention, generation has its own cache.
+    segment_ids_BT: int32, documents of a row numbered from 1 in increasing order, 0 for padding; what comes out at
+    padding is finite and otherwise unspecified. scale defaults to K**-0.5. softcap 0 means none (arXiv:2408.00118).
+    implementation: a name from `choose_attention`.
+
+    Under a mesh of explicit axes every device attends to the rows and heads it holds, in a `shard_map` over the
+    sharding of q (batch and heads may be sharded, T and K may not). Raises ValueError where k, v or the segment
+    ids are laid out differently.
+    """
+    local = partial(_local, window=window, softcap=softcap, implementation=implementation,
+                    scale=q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual:
+        return local(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT)
+    batch, length, heads, depth = jax.typeof(q_BTHK).sharding.spec
+    if length is not None or depth is not None:
+        raise ValueError(f"attention needs whole rows and heads on a device, q_BTHK is {jax.typeof(q_BTHK)}")
+    qkv = P(batch, None, heads, None)
+    return jax.shard_map(
+        local, in_specs=(qkv, qkv, qkv, P(batch, None)), out_specs=qkv,
+        check_vma=False,  # the kernels' outputs do not say over which axes they vary
+    )(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT)
+
+
+def _local(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, *, window, softcap, implementation, scale):
+    if implementation == "reference":
+        return reference_attention(
+            q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window=window, softcap=softcap, scale=scale
+        )
+    if implementation == "cudnn":
+        from maxlm.kernels.attention.gpu import cudnn_attention
+
+        assert not softcap, "choose_attention keeps soft caps away from cuDNN"
+        return cudnn_attention(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window=window, scale=scale)
+    if implementation == "splash":
+        from maxlm.kernels.attention.tpu import splash_attention  # Pallas is slow to import
+
+        return splash_attention(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window=window, softcap=softcap, scale=scale)
+    raise ValueError(f"attention implementation {implementation!r} is not one of 'reference', 'cudnn', 'splash'")

@@ -1,0 +1,43 @@
+"""Which attention kernel a run uses, decided before anything is traced."""
+
+from __future__ import annotations
+
+from maxlm.schema import ConfigError
+
+_HOME = {"cudnn": "gpu", "splash": "tpu"}  # the platform each fast path runs on
+_FAST = {platform: name for name, platform in _HOME.items()}
+
+
+def choose_attention(
+    requested: str, *, platform: str, head_dim: int, seq_len: int, softcap: float, compute_dtype: str
+) -> tuple[str, str]:
+    """(name, reason): the implementation to pass to `attention`, and in words why it was chosen.
+
+    requested: `compute.attention` of the config. platform: 'cpu', 'gpu' or 'tpu', the one compiled for.
+    'auto' takes the platform's fast path, or 'reference' with the obstacle as the reason. Raises ConfigError
+    where a kernel asked for by name cannot run.
+    """
+    wanted = _FAST.get(platform, "reference") if requested == "auto" else requested
+    obstacle = _obstacle(wanted, platform, head_dim, seq_len, softcap, str(compute_dtype))
+    if obstacle is None:
+        return wanted, f"the fast path of {platform}" if requested == "auto" else "as compute.attention asks"
+    if requested == "auto":
+        return "reference", f"{wanted} attention is not used because {obstacle}"
+    raise ConfigError(f"compute.attention={requested!r} cannot run: {obstacle}; set it to 'auto' or 'reference'")
+
+
+def _obstacle(name, platform, head_dim, seq_len, softcap, compute_dtype) -> str | None:
+    if name == "reference":
+        return None
+    if platform != _HOME[name]:
+        return f"it runs on {_HOME[name]} and this run is on {platform}"
+    if name == "cudnn":
+        if compute_dtype not in ("bfloat16", "float16"):
+            return f"cuDNN attention takes bfloat16 or float16, not {compute_dtype} (precision.recipe)"
+        if head_dim % 8 or head_dim > 128:
+            return f"cuDNN attention takes a model.head_dim up to 128 in multiples of 8, not {head_dim}"
+        if softcap:
+            return f"cuDNN attention has no soft cap (model.attention_softcap={softcap})"
+    if name == "splash" and seq_len % 128:
+        return f"splash attention takes a train.seq_len in multiples of 128, not {seq_len}"
+    return None
