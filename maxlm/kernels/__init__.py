@@ -1,1 +1,1 @@
-"""Kernels: one package an operation, with a plain-JAX reference and the fast path of each platform."""
+"""Operations with a pure-JAX reference, fast paths per platform, and the choice between them."""

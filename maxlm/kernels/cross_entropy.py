@@ -1,0 +1,140 @@
+"""The output head and its cross-entropy in one operation that never holds the logits of a whole batch.
+
+The sequence is cut into chunks. Each chunk's logits are made once, and its loss and gradients are taken from them at
+once, so the backward pass has nothing left to do but scale (the idea of Liger's fused linear cross-entropy,
+arXiv:2410.10989, section 3.3, with the weight gradient accumulated in float32). Everything local to a device is
+inside one `shard_map`: the head is gathered over `fsdp` in the compute dtype, its vocabulary stays split over
+`tensor`, and its gradient is summed over the mesh once, straight into the storage layout.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from maxlm.parallel.sharding import BATCH, STORAGE, has_mesh
+
+MAX_LOGITS_BYTES = 2**31  # float32 logits of one chunk on one device
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over every position that has a target, float32 scalars: `loss` (differentiable, z-loss included) and
+    `nll`, its cross-entropy part in nats (not differentiable)."""
+
+    loss: jax.Array
+    nll: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def linear_cross_entropy(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, z_loss: float = 0.0,
+                         softcap: float = 0.0, chunks: int | str = "auto") -> CrossEntropy:
+    """Cross-entropy of softmax(x w^T) against `targets_BT` (-1: no loss), plus z_loss * logsumexp^2.
+
+    x_BTD sets the compute dtype; w_VD is the float32 weight in its storage layout. `softcap` c turns logits z into
+    c tanh(z / c). `chunks` pieces of T; 'auto' takes the fewest that keep a chunk's logits under 2 GiB a device.
+    """
+    return _sharded(x_BTD, w_VD, targets_BT, z_loss, softcap, chunks, gradients=False)
+
+
+def _forward(x, w, targets, z_loss, softcap, chunks):
+    (loss, nll), dx, dw = _sharded(x, w, targets, z_loss, softcap, chunks, gradients=True)
+    return CrossEntropy(loss, nll), (dx, dw)
+
+
+def _backward(z_loss, softcap, chunks, gradients, cotangent):
+    dx, dw = gradients
+    return cotangent.loss.astype(dx.dtype) * dx, cotangent.loss * dw, None
+
+
+linear_cross_entropy.defvjp(_forward, _backward)
+
+
+def _sharded(x, w, targets, z_loss, softcap, chunks, *, gradients: bool):
+    local = functools.partial(_local, z_loss=z_loss, softcap=softcap, chunks=chunks, gradients=gradients)
+    if not has_mesh():
+        return local(x, w, targets, sharded=False)
+    batch, weight = P(BATCH, None, None), P(STORAGE["vocab"], STORAGE["embed"])
+    sums = CrossEntropy(P(), P())
+    return jax.shard_map(
+        functools.partial(local, sharded=True),
+        in_specs=(batch, weight, P(BATCH, None)),
+        out_specs=(sums, batch, weight) if gradients else sums,
+    )(x, w, targets)
+
+
+def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, sharded):
+    """One device's rows: sums over the mesh, this device's rows of dx, its shard of dw."""
+    batch, length, width = x_BTD.shape
+    w_VD = w_VD.astype(x_BTD.dtype)
+    if sharded:
+        w_VD = jax.lax.all_gather(w_VD, "fsdp", axis=1, tiled=True)
+    first = jax.lax.axis_index("tensor") * w_VD.shape[0] if sharded else 0
+    count = num_chunks(batch, length, w_VD.shape[0]) if chunks == "auto" else chunks
+    assert length % count == 0, f"{count} chunks do not divide sequence length {length}"
+    chunk = functools.partial(
+        _chunk, w_VD=w_VD, first=first, z_loss=z_loss, softcap=softcap, gradients=gradients,
+        over_vocab="tensor" if sharded else None,
+    )
+    if count == 1:
+        sums, dx_BTD, dw_VD = chunk(x_BTD, targets_BT)
+    else:
+        split = lambda a: jnp.moveaxis(a.reshape(batch, count, length // count, *a.shape[2:]), 1, 0)  # noqa: E731
+
+        def body(carry, piece):
+            sums, dx, dw = chunk(*piece)
+            return jax.tree.map(jnp.add, carry, (sums, dw)), dx
+
+        zero, dw_VD = jnp.zeros((), jnp.float32), jnp.zeros(w_VD.shape, jnp.float32) if gradients else None
+        if sharded:  # shard_map's types ask over which axes a sum will differ from device to device
+            zero, dw_VD = jax.lax.pcast(zero, BATCH, to="varying"), _differs(dw_VD)
+        start = (CrossEntropy(zero, zero), dw_VD)
+        (sums, dw_VD), dx_CBTD = jax.lax.scan(body, start, (split(x_BTD), split(targets_BT)))
+        dx_BTD = jnp.moveaxis(dx_CBTD, 0, 1).reshape(x_BTD.shape) if gradients else None
+    if sharded:
+        sums = jax.lax.psum(sums, BATCH)
+    if not gradients:
+        return sums
+    if sharded:
+        dx_BTD = jax.lax.psum(dx_BTD, "tensor")
+        dw_VD = jax.lax.psum(jax.lax.psum_scatter(dw_VD, "fsdp", scatter_dimension=1, tiled=True), "data")
+    return sums, dx_BTD, dw_VD
+
+
+def _chunk(x_BTD, targets_BT, *, w_VD, first, z_loss, softcap, gradients, over_vocab):
+    """Loss sums, dx (compute dtype) and dw (float32) of one chunk of the sequence."""
+    total = (lambda a: jax.lax.psum(a, over_vocab)) if over_vocab else (lambda a: a)
+    highest = (lambda a: jax.lax.pmax(a, over_vocab)) if over_vocab else (lambda a: a)
+    scores = jax.lax.dot_general(x_BTD, w_VD, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    logits = softcap * jnp.tanh(scores / softcap) if softcap else scores
+    peak_BT = highest(jnp.max(logits, axis=-1))
+    exp_BTV = jnp.exp(logits - peak_BT[..., None])
+    mass_BT = total(jnp.sum(exp_BTV, axis=-1))
+    lse_BT = peak_BT + jnp.log(mass_BT)
+    hit_BTV = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) + first == targets_BT[..., None]
+    gold_BT = total(jnp.sum(jnp.where(hit_BTV, logits, 0.0), axis=-1))
+    counts_BT = targets_BT >= 0
+    nll = jnp.sum(jnp.where(counts_BT, lse_BT - gold_BT, 0.0))
+    loss = nll + z_loss * jnp.sum(jnp.where(counts_BT, jnp.square(lse_BT), 0.0)) if z_loss else nll
+    if not gradients:
+        return CrossEntropy(loss, nll), None, None
+    pull_BT = jnp.where(counts_BT, (1.0 + 2.0 * z_loss * lse_BT) / mass_BT, 0.0)
+    dlogits = exp_BTV * pull_BT[..., None] - jnp.where(hit_BTV, 1.0, 0.0)
+    dscores = dlogits * (1.0 - jnp.square(logits / softcap)) if softcap else dlogits
+    dscores = dscores.astype(x_BTD.dtype)
+    dx_BTD = jax.lax.dot_general(dscores, w_VD, (((2,), (0,)), ((), ())), preferred_element_type=x_BTD.dtype)
+    dw_VD = jax.lax.dot_general(dscores, x_BTD, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+    return CrossEntropy(loss, nll), dx_BTD, dw_VD
+
+
+def num_chunks(batch: int, length: int, vocab: int) -> int:
+    """The fewest chunks of the sequence whose float32 logits stay under MAX_LOGITS_BYTES on one device."""
+    fits = (n for n in range(1, length + 1) if length % n == 0 and 4 * batch * (length // n) * vocab <= MAX_LOGITS_BYTES)
+    return next(fits, length)
+
+
+def _differs(x: jax.Array | None) -> jax.Array | None:
+    return None if x is None else jax.lax.pcast(x, (*BATCH, "tensor"), to="varying")

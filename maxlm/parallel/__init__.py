@@ -1,0 +1,1 @@
+"""Device meshes and the mapping from logical dims to mesh axes."""

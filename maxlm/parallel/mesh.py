@@ -1,0 +1,65 @@
+"""The device mesh: six named axes, every one present, most of size 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from maxlm.config import AXES, MeshConfig, ModelConfig, TrainConfig
+from maxlm.schema import ConfigError
+
+
+def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Devices along each axis, with `fsdp='rest'` resolved.
+
+    Raises ConfigError where the product is not `num_devices`.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    others = math.prod(size for size in sizes.values() if size != "rest")
+    if sizes["fsdp"] == "rest":
+        if num_devices % others:
+            raise ConfigError(
+                f"mesh.data * mesh.tensor = {others} does not divide the {num_devices} devices: "
+                "choose sizes whose product divides them"
+            )
+        sizes["fsdp"] = num_devices // others
+    elif others != num_devices:
+        axes = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "all axes 1"
+        raise ConfigError(f"mesh ({axes}) needs {others} devices but there are {num_devices}: set mesh.fsdp='rest'")
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (all by default) with explicit axis types: a layout mistake is a trace-time error.
+
+    `data` is outermost, so that on several hosts or slices its slow links carry the gradient sum alone;
+    `tensor` is innermost, on the fastest links. Raises ConfigError where the sizes do not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = axis_sizes(config, len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes), devices=devices
+    )
+
+
+def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:
+    """Raises ConfigError, naming the field and the fix, where a sharded size is not a multiple of its axes."""
+    batch, tensor, fsdp = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"], mesh.shape["fsdp"]
+    microbatch = train.global_batch_size // train.grad_accumulation
+    if microbatch % batch:
+        raise ConfigError(
+            f"train.global_batch_size / train.grad_accumulation = {microbatch} is not a multiple of "
+            f"mesh.data * mesh.fsdp = {batch}: raise the batch to a multiple of {batch * train.grad_accumulation} "
+            "or use fewer devices along these axes"
+        )
+    for field, size, axis, ways in (
+        ("hidden_dim", model.hidden_dim, "fsdp", fsdp),
+        ("num_kv_heads", model.num_kv_heads, "tensor", tensor),
+        ("mlp_dim", model.mlp_dim, "tensor", tensor),
+        ("vocab_size", model.vocab_size, "tensor", tensor),
+    ):
+        if size % ways:
+            raise ConfigError(f"model.{field}={size} is not a multiple of mesh.{axis}={ways}: change either")

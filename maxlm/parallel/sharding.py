@@ -1,0 +1,70 @@
+"""Logical dims to mesh axes, in two layouts: how weights are stored, and how they are used.
+
+Fully sharded data parallelism (ZeRO-3, arXiv:1910.02054) is the difference between the two: a weight is stored
+split over `fsdp` and used gathered. The gather is the `reshard` in `use`, made on the cast weight, so that it moves
+bfloat16; its transpose scatters the gradient. Tensor parallelism (Megatron, arXiv:1909.08053) is in both layouts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+BATCH = ("data", "fsdp")  # the axes that split the batch
+STORAGE = {"embed": "fsdp", "vocab": "tensor", "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
+COMPUTE = {**STORAGE, "embed": None}
+ACTIVATION = {"batch": BATCH, "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
+
+Dims = tuple[str | None, ...]
+
+
+def spec(dims: Dims, rules: dict[str, Any], ndim: int | None = None) -> P:
+    """The PartitionSpec of logical `dims`; a stacked array has leading dims beyond them, which stay whole."""
+    leading = () if ndim is None else (None,) * (ndim - len(dims))
+    return P(*leading, *(rules.get(dim) for dim in dims))
+
+
+def has_mesh() -> bool:
+    """Whether a mesh is installed (`jax.set_mesh`); without one every array lives whole on one device."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """A weight cast to `dtype` and laid out for use: gathered over `fsdp`, still split over `tensor`."""
+    value = param[...].astype(dtype)
+    return jax.sharding.reshard(value, spec(param.dims, COMPUTE)) if has_mesh() else value
+
+
+def einsum(subscripts: str, x: jax.Array, w: jax.Array, out: Dims) -> jax.Array:
+    """`jnp.einsum` whose result has logical dims `out`; where both operands are split along a contracted dim,
+    this is the sum over that mesh axis. Accumulates in float32, returns the operands' dtype."""
+    sharding = spec(out, ACTIVATION) if has_mesh() else None
+    return jnp.einsum(subscripts, x, w, out_sharding=sharding)
+
+
+def constrain(x: jax.Array, dims: Dims) -> jax.Array:
+    """An activation laid out by its logical `dims`."""
+    return jax.sharding.reshard(x, spec(dims, ACTIVATION)) if has_mesh() else x
+
+
+def stored(tree: Any, mesh: Mesh) -> Any:
+    """The storage NamedSharding of every array in `tree` (a module, its gradients, an optimizer state): from the
+    logical dims of each nnx.Param, replicated for arrays that are not in one. Same structure as `tree`."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, nnx.Param):
+            ndim = jax.tree.leaves(leaf)[0].ndim
+            return jax.tree.map(lambda _: NamedSharding(mesh, spec(leaf.dims, STORAGE, ndim)), leaf)
+        return NamedSharding(mesh, P())
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the batch axes: [B, T]."""
+    return NamedSharding(mesh, P(BATCH, None))

@@ -1,0 +1,1 @@
+"""The training step, its parts, and the loop that runs it."""

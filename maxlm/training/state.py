@@ -1,0 +1,72 @@
+"""What training carries from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from maxlm.config import RunConfig
+from maxlm.kernels.attention import choose_attention
+from maxlm.model import Transformer, make_transformer
+from maxlm.parallel.sharding import stored
+from maxlm.training.optimizer import make_optimizer
+
+DTYPES = {"float32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """`step` counts finished steps (int32 scalar); `params` are float32 masters; `opt_state` is Optax's."""
+
+    step: jax.Array
+    params: Transformer
+    opt_state: Any
+
+
+def build_model(config: RunConfig, key: jax.Array, platform: str) -> Transformer:
+    """The model of a run with the attention kernel and dtype for `platform` ('cpu', 'gpu', 'tpu')."""
+    dtype = DTYPES[config.precision.recipe]
+    kernel, _ = choose_attention(
+        config.compute.attention, platform=platform, head_dim=config.model.head_dim, seq_len=config.train.seq_len,
+        softcap=config.model.attention_softcap, compute_dtype=dtype,
+    )
+    return make_transformer(
+        config.model, key, kernel=kernel, dtype=dtype, remat=config.remat.policy, unroll=config.compute.layer_unroll
+    )
+
+
+def optimizer_of(config: RunConfig) -> optax.GradientTransformation:
+    return make_optimizer(config.optimizer, config.schedule, config.train.num_steps)
+
+
+def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """The state's shapes, dtypes and storage shardings, with nothing allocated."""
+    shapes = jax.eval_shape(lambda: _fresh(config, mesh))
+    shardings = state_shardings(shapes, mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+
+
+def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """A fresh state from `train.seed`, made in place on its devices: the same bits on any mesh."""
+    shapes = jax.eval_shape(lambda: _fresh(config, mesh))
+    return jax.jit(lambda: _fresh(config, mesh), out_shardings=state_shardings(shapes, mesh))()
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """A NamedSharding for every array of the state. Same structure as `state`."""
+    return stored(state, mesh)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _fresh(config: RunConfig, mesh: Mesh) -> TrainState:
+    params = build_model(config, jax.random.key(config.train.seed), mesh.devices.flat[0].platform)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer_of(config).init(params))

@@ -1,0 +1,74 @@
+"""The training step: (state, batch) -> (state, metrics). Pure; the loop jits it and does everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maxlm.parallel.sharding import ACTIVATION, has_mesh, spec
+from maxlm.training.loss import Batch, summed_loss, token_count
+from maxlm.training.state import TrainState
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step: mean loss in nats a token, norms of the whole gradient (before clipping) and update,
+    the learning rate it used, and the tokens that had a target."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    update_norm: jax.Array
+    learning_rate: jax.Array
+    tokens: jax.Array
+
+
+def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTransformation,
+               schedule: Callable[[jax.Array], jax.Array], microbatches: int, z_loss: float,
+               chunks: int | str) -> tuple[TrainState, StepMetrics]:
+    """One update. The loss is the mean over the whole batch's tokens, however they fall into microbatches."""
+    tokens = token_count(batch)
+
+    def objective(params: Any, part: Batch) -> tuple[jax.Array, jax.Array]:
+        sums = summed_loss(params, part, z_loss=z_loss, chunks=chunks)
+        return sums.loss / jnp.maximum(tokens, 1), sums.nll / jnp.maximum(tokens, 1)
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    if microbatches == 1:
+        (_, loss), grads = gradient(state.params, batch)
+    else:
+        loss, grads = _accumulate(gradient, state.params, batch, microbatches)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = StepMetrics(
+        loss=loss,
+        grad_norm=optax.tree.norm(grads),
+        update_norm=optax.tree.norm(updates),
+        learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+        tokens=tokens,
+    )
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _accumulate(gradient: Callable, params: Any, batch: Batch, microbatches: int) -> tuple[jax.Array, Any]:
+    """Sums loss and gradients over equal slices of the batch, one at a time."""
+
+    def add(carry: Any, part: Batch) -> tuple[Any, None]:
+        (_, loss), grads = gradient(params, part)
+        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, start, {name: _split(rows, microbatches) for name, rows in batch.items()})
+    return total
+
+
+def _split(rows_BT: jax.Array, microbatches: int) -> jax.Array:
+    """[B, T] -> [microbatches, B / microbatches, T], each slice taking rows from every device so that none move."""
+    batch, length = rows_BT.shape
+    size = batch // microbatches
+    if not has_mesh():
+        return rows_BT.reshape(size, microbatches, length).swapaxes(0, 1)
+    split = rows_BT.reshape(size, microbatches, length, out_sharding=spec(("batch", None, None), ACTIVATION))
+    return split.swapaxes(0, 1)
