@@ -1,0 +1,153 @@
+"""The one writer of a run's checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.checkpoint import layout, leaves, orbax_io
+from maxlm.checkpoint.layout import CheckpointError
+
+
+class Checkpointer:
+    """Saves asynchronously, commits atomically, prunes by policy. Every process of a run makes one and calls it alike.
+
+    A save copies the state to the host, returns, and writes in the background. When it is complete, checkpoints
+    that are neither among the newest `keep_last` nor multiples of `keep_every` (0: none) are deleted, never before.
+    What goes wrong in the background is raised as CheckpointError by the next call, whichever it is.
+    The constructor removes what killed saves left, so only the holder of the run's lock may make one;
+    readers use `latest_step`, `read_meta`, `restore_state` and `tree_digest`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, keep_last: int, keep_every: int = 0) -> None:
+        if keep_last < 1 or keep_every < 0:
+            raise ValueError(f"{keep_last=} must be at least 1 and {keep_every=} at least 0")
+        self.directory = Path(directory).absolute()
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._primary = jax.process_index() == 0
+        self._orbax: Any = None  # made by the first save: importing Orbax is not paid before the first step
+        self._saving: Path | None = None
+        self._background: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+        if self._primary:
+            layout.prepare(self.directory)
+        self._steps = _agreed(layout.complete_steps(self.directory) if self._primary else [])
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, or None. Waits for a save in progress."""
+        self.wait()
+        return max(self._steps, default=None)
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
+        """Copies `state` to the host and starts writing it; on return the caller may donate or overwrite it.
+
+        state: any pytree of arrays (NNX modules, Optax states, scalars). meta: anything JSON can hold.
+        Waits for the save before this one. False, and nothing is written, where `step` is saved already:
+        a run is a function of its step, so the bytes would be the same. Raises CheckpointError.
+        """
+        self.wait()
+        if step in self._steps:
+            return False
+        arrays = leaves.plain_arrays(state)
+        document = {"format": layout.FORMAT, "arrays": leaves.index_of(arrays), "meta": json.loads(json.dumps(meta))}
+        path = layout.step_path(self.directory, step)
+        self._saving = path
+        try:
+            if self._orbax is None:
+                self._orbax = orbax_io.async_checkpointer(self._before_commit)
+            if self._primary and path.exists():
+                layout.set_aside(path)
+            self._orbax.save(path, args=orbax_io.save_args(arrays, document))
+        except Exception as error:
+            raise self._failed(path, error) from error
+        self._background = threading.Thread(target=self._finish, args=(step, path), name="checkpoint")
+        self._background.start()
+        return True
+
+    def restore(self, step: int | None, like: Any) -> Any:
+        """`restore_state` from this directory, after a save in progress."""
+        self.wait()
+        return orbax_io.restore_state(self.directory, step, like)
+
+    def restore_meta(self, step: int | None = None) -> dict[str, Any]:
+        """The `meta` that was saved with `step` (None: the newest complete one)."""
+        self.wait()
+        return layout.read_meta(self.directory, step)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. Raises CheckpointError where the last save failed."""
+        if self._background is not None:
+            self._background.join()
+            self._background = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """Waits, then lets go of Orbax's threads; must be called before the interpreter exits."""
+        try:
+            self.wait()
+        finally:
+            if self._orbax is not None:
+                self._orbax.close()
+                self._orbax = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if kind is None:  # what is already being raised says more
+                raise
+
+    def _before_commit(self) -> None:
+        assert self._saving is not None
+        layout.make_durable(self._saving.with_name(self._saving.name + layout.IN_PROGRESS_SUFFIX))
+
+    def _finish(self, step: int, path: Path) -> None:
+        """In the background: waits for the commit, makes it durable, and only then deletes what it replaces."""
+        try:
+            self._orbax.wait_until_finished()
+        except BaseException as error:
+            self._error = self._failed(path, error)
+            return
+        steps = [*self._steps, step]
+        doomed = layout.steps_to_delete(steps, self._keep_last, self._keep_every)
+        self._steps = sorted(set(steps) - set(doomed))
+        if not self._primary:
+            return
+        try:
+            for name in (path / layout.COMMIT_FILE, path, self.directory):
+                layout.flush(name)
+            for old in doomed:
+                layout.delete(layout.step_path(self.directory, old))
+        except Exception as error:
+            self._error = layout.explain(error, path, "committing")
+
+    def _failed(self, path: Path, error: BaseException) -> CheckpointError:
+        if self._primary:
+            layout.discard_in_progress(path)
+        explained = layout.explain(error, path, "saving")
+        explained.__cause__ = error
+        return explained
+
+
+def _agreed(steps: list[int]) -> list[int]:
+    """Process 0's list on every process: network file systems may show others an older folder."""
+    if jax.process_count() == 1:
+        return steps
+    from jax.experimental import multihost_utils
+
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    padded = np.zeros(count, np.int32)
+    padded[: len(steps)] = steps
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(padded)]

@@ -1,0 +1,80 @@
+"""Any pytree <-> a flat dict of arrays under stable readable names, free of NNX and Optax classes.
+
+'params/layers_0/attention/q_proj', 'opt_state/1/0/mu/layers_0/attention/q_proj', 'step'. A module may be
+wrapped, an optimizer's class renamed, and its checkpoints still restore as long as the names stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.checkpoint.layout import CheckpointError
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Name -> leaf, in the tree's own order. Raises ValueError where two leaves would share a name."""
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = leaf_name(path)
+        if name in named:
+            raise ValueError(f"two leaves of the state are called {name!r}: rename one of them")
+        named[name] = leaf
+    return named
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """'a/b/0' for a key path; the `.value` by which an nnx.Variable holds its array is not part of the name."""
+    if len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def rebuild(like: Any, named: Mapping[str, Any]) -> Any:
+    """`like` with each leaf replaced by `named`'s of the same name."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    return jax.tree_util.tree_unflatten(treedef, [named[leaf_name(path)] for path, _ in paths])
+
+
+def plain_arrays(tree: Any) -> dict[str, Any]:
+    """Name -> jax.Array, or a numpy copy of anything else, as it will be written.
+
+    Raises CheckpointError for a leaf that is no plain array (typed PRNG keys: keep `jax.random.key_data` of them).
+    """
+    arrays = {}
+    for name, leaf in named_leaves(tree).items():
+        if not isinstance(leaf, jax.Array):
+            leaf = np.array(leaf)  # a copy: the caller may overwrite its own at once
+            writable = leaf.dtype != object
+        else:
+            writable = not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if not writable:
+            raise CheckpointError(f"state leaf {name!r} of type {leaf.dtype} cannot be saved: keep plain arrays only")
+        arrays[name] = leaf
+    return arrays
+
+
+def index_of(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Name -> [dtype name, shape], ready for JSON. Takes arrays or jax.ShapeDtypeStruct."""
+    return {name: [np.dtype(leaf.dtype).name, list(leaf.shape)] for name, leaf in arrays.items()}
+
+
+def differences(saved: Mapping[str, list[Any]], wanted: Mapping[str, list[Any]]) -> list[str]:
+    """What would not restore, one phrase an array: missing, unexpected, or of another dtype or shape."""
+    found = []
+    for name in sorted(saved.keys() | wanted.keys()):
+        if name not in saved:
+            found.append(f"{name} is missing from the checkpoint")
+        elif name not in wanted:
+            found.append(f"{name} is in the checkpoint only")
+        elif saved[name] != wanted[name]:
+            found.append(f"{name} is {_describe(saved[name])} in the checkpoint, {_describe(wanted[name])} here")
+    return found
+
+
+def _describe(entry: list[Any]) -> str:
+    dtype, shape = entry
+    return f"{dtype}{shape}"

@@ -1,0 +1,104 @@
+"""The only module that talks to Orbax: an asynchronous writer, and restore to devices or to numpy.
+
+Orbax is imported on first use (0.2 s). AsyncCheckpointer is used rather than CheckpointManager: which steps
+count, which stay and what an error says are ours (layout.py), and the folder holds nothing but steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.checkpoint import layout, leaves
+from maxlm.checkpoint.layout import CheckpointError
+
+
+def async_checkpointer(before_commit: Callable[[], None]) -> Any:
+    """An orbax AsyncCheckpointer. `before_commit` runs on process 0 when all processes have written everything
+    and just before the step becomes visible; if it raises, the step never does."""
+    ocp = _orbax()
+    handler = ocp.CompositeCheckpointHandler(
+        **{
+            layout.STATE_ITEM: ocp.PyTreeCheckpointHandler(),
+            layout.META_ITEM: ocp.JsonCheckpointHandler(filename=layout.META_FILE),
+        }
+    )
+    options = ocp.options.AsyncOptions(post_finalization_callback=before_commit)
+    return ocp.AsyncCheckpointer(handler, async_options=options)
+
+
+def save_args(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> Any:
+    ocp = _orbax()
+    return ocp.args.Composite(
+        **{
+            layout.STATE_ITEM: ocp.args.PyTreeSave(dict(arrays)),
+            layout.META_ITEM: ocp.args.JsonSave(dict(document)),
+        }
+    )
+
+
+def restore_state(directory: str | os.PathLike[str], step: int | None, like: Any) -> Any:
+    """The state of `step` (None: the newest complete one), placed as `like` says. Every process must call it.
+
+    like: pytree of jax.ShapeDtypeStruct with a concrete NamedSharding each, on any mesh; it need not be the whole
+    saved state: top-level entries that it lacks altogether are not read (evaluation restores 'params' alone).
+    Values are bit-identical to what was saved. Raises CheckpointError where names, shapes or dtypes differ or
+    the files cannot be read.
+    """
+    step = layout.require_step(directory, step)
+    path = layout.step_path(directory, step)
+    wanted = leaves.named_leaves(like)
+    for name, leaf in wanted.items():
+        if not isinstance(getattr(leaf, "sharding", None), jax.sharding.Sharding):
+            raise ValueError(f"restore target {name!r} needs a concrete sharding, got {leaf}")
+    sections = {name.split("/")[0] for name in wanted}
+    saved = {n: e for n, e in layout.read_document(path)["arrays"].items() if n.split("/")[0] in sections}
+    found = leaves.differences(saved, leaves.index_of(wanted))
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise CheckpointError(
+            f"{path} holds another state than this config builds: {'; '.join(found[:3])}{more}: "
+            "restore with the config it was saved with"
+        )
+    ocp = _orbax()
+    targets = {
+        name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype)
+        for name, leaf in wanted.items()
+    }
+    return leaves.rebuild(like, _restore(path, targets))
+
+
+def restore_numpy(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The named arrays of the checkpoint at `path`, whole, in host memory."""
+    ocp = _orbax()
+    return _restore(path, {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})
+
+
+def _restore(path: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
+    ocp = _orbax()
+    args = ocp.args.PyTreeRestore(item=dict.fromkeys(targets, 0), restore_args=dict(targets), partial_restore=True)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path / layout.STATE_ITEM, args=args)
+    except Exception as error:
+        raise layout.unreadable(path, error) from error
+
+
+def _orbax() -> Any:
+    """Orbax, with its chatter kept off the user's terminal: what goes wrong reaches them as CheckpointError."""
+    import orbax.checkpoint as ocp
+
+    logger = logging.getLogger("absl")
+    if _not_from_orbax not in logger.filters:
+        logger.addFilter(_not_from_orbax)
+    return ocp
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
