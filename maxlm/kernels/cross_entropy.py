@@ -132,7 +132,8 @@ def _chunk(x_BTD, targets_BT, *, w_VD, first, z_loss, softcap, gradients, over_v
 
 def num_chunks(batch: int, length: int, vocab: int) -> int:
     """The fewest chunks of the sequence whose float32 logits stay under MAX_LOGITS_BYTES on one device."""
-    fits = (n for n in range(1, length + 1) if length % n == 0 and 4 * batch * (length // n) * vocab <= MAX_LOGITS_BYTES)
+    row_bytes = 4 * batch * vocab
+    fits = (n for n in range(1, length) if length % n == 0 and row_bytes * (length // n) <= MAX_LOGITS_BYTES)
     return next(fits, length)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from maxlm.config import RunConfig
 from maxlm.kernels.attention import choose_attention
@@ -48,23 +48,14 @@ def optimizer_of(config: RunConfig) -> optax.GradientTransformation:
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """The state's shapes, dtypes and storage shardings, with nothing allocated."""
     shapes = jax.eval_shape(lambda: _fresh(config, mesh))
-    shardings = state_shardings(shapes, mesh)
+    shardings = stored(shapes, mesh)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
 
 def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """A fresh state from `train.seed`, made in place on its devices: the same bits on any mesh."""
     shapes = jax.eval_shape(lambda: _fresh(config, mesh))
-    return jax.jit(lambda: _fresh(config, mesh), out_shardings=state_shardings(shapes, mesh))()
-
-
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """A NamedSharding for every array of the state. Same structure as `state`."""
-    return stored(state, mesh)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(lambda: _fresh(config, mesh), out_shardings=stored(shapes, mesh))()
 
 
 def _fresh(config: RunConfig, mesh: Mesh) -> TrainState:

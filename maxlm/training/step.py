@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.sharding import ACTIVATION, has_mesh, spec
+from maxlm.config import RunConfig
+from maxlm.hardware import compiler_options
+from maxlm.parallel.sharding import ACTIVATION, batch_sharding, has_mesh, spec
 from maxlm.training.loss import Batch, summed_loss, token_count
-from maxlm.training.state import TrainState
+from maxlm.training.schedule import make_schedule
+from maxlm.training.state import TrainState, abstract_state, optimizer_of
 
 
 class StepMetrics(NamedTuple):
@@ -72,3 +78,35 @@ def _split(rows_BT: jax.Array, microbatches: int) -> jax.Array:
         return rows_BT.reshape(size, microbatches, length).swapaxes(0, 1)
     split = rows_BT.reshape(size, microbatches, length, out_sharding=spec(("batch", None, None), ACTIVATION))
     return split.swapaxes(0, 1)
+
+
+def compile_step(config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
+    """The run's step, compiled ahead for `mesh` (which must be installed). It consumes the state it is given.
+
+    Call it with (state, batch); arrays have the shardings of `abstract_state` and `batch_sharding`.
+    """
+    platform = mesh.devices.flat[0].platform
+    step = functools.partial(
+        train_step,
+        optimizer=optimizer_of(config),
+        schedule=make_schedule(config.schedule, config.optimizer.learning_rate, config.train.num_steps),
+        microbatches=config.train.grad_accumulation,
+        z_loss=config.train.z_loss,
+        chunks=config.compute.loss_chunks,
+    )
+    state = abstract_state(config, mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, NamedSharding(mesh, P())),
+        compiler_options=compiler_options(platform, mesh.size),
+    )
+    return jitted.lower(state, abstract_batch(config, mesh)).compile()
+
+
+def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
+    """Shapes and shardings of one global batch."""
+    shape = (config.train.global_batch_size, config.train.seq_len)
+    array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    return dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), array)

@@ -1,0 +1,3 @@
+from maxlm.cli import main
+
+raise SystemExit(main())

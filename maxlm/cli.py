@@ -1,0 +1,233 @@
+"""`maxlm VERB ...`: reads the command line, calls the code that does it, turns mistakes into one line.
+
+Exit codes: 0 done (or stopped on request and saved), 2 a user's mistake, 3 a run stopped for its own safety.
+Each verb imports what it needs when it runs, so that `--help` and a misspelt key answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from maxlm import __version__
+from maxlm.schema import ConfigError
+
+USER_MISTAKE, UNSAFE = 2, 3
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its complaint on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(USER_MISTAKE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.verb(arguments) or 0
+    except ConfigError as mistake:
+        return _complain(mistake, USER_MISTAKE)
+    except OSError as error:  # a path that the user named and the system refused
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}", USER_MISTAKE)
+    except RuntimeError as error:
+        if type(error).__name__ == "CheckpointError":
+            return _complain(error, USER_MISTAKE)
+        if type(error).__name__ == "RunStopped":
+            return _complain(error, UNSAFE)
+        raise
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"maxlm: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="maxlm", description="Pretraining of decoder language models on JAX.")
+    parser.add_argument("--version", action="version", version=f"maxlm {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+
+    train = _verb(verbs, "train", _train, "train a config, or go on training it")
+    train.add_argument("config", help="a Python file with config() -> RunConfig, such as configs/quickstart.py")
+    train.add_argument("--run-dir", required=True, type=Path, help="where everything of this run is written")
+    _add_overrides(train)
+
+    evaluate = _verb(verbs, "eval", _eval, "held-out loss, perplexity and bits per byte, as JSON")
+    _add_checkpoint(evaluate)
+    evaluate.add_argument("--data", help="a prepared folder (default: the run's own)")
+    evaluate.add_argument("--batches", type=int, default=0, help="global batches to evaluate (default: all)")
+
+    generate = _verb(verbs, "generate", _generate, "sample text from a run")
+    _add_checkpoint(generate)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--tokens", type=int, default=128, help="tokens to sample (default: 128)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    generate.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
+    generate.add_argument("--top-p", type=float, default=0.95, help="sample in this share of probability")
+    generate.add_argument("--seed", type=int, default=0)
+
+    bench = _verb(verbs, "bench", _bench, "time the training step of a config")
+    bench.add_argument("config")
+    bench.add_argument("--json", type=Path, help="also write the record to this file")
+    bench.add_argument("--steps", type=int, default=20)
+    bench.add_argument("--warmup", type=int, default=3)
+    bench.add_argument("--documents", type=int, default=1, help="documents packed into each row (default: 1)")
+    _add_overrides(bench)
+
+    _add_data(verbs)
+    _add_checkpoint_verbs(verbs)
+    return parser
+
+
+def _verb(verbs, name, function, text) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text)
+    parser.set_defaults(verb=function)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="change a field of the config, such as model.num_layers=4; repeatable")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run-dir", required=True, type=Path)
+    parser.add_argument("--step", type=int, help="a checkpoint's step (default: the newest)")
+
+
+def _add_data(verbs) -> None:
+    data = verbs.add_parser("data", help="prepare text for training", description="prepare text for training")
+    prepare = _verb(data.add_subparsers(required=True, metavar="VERB", parser_class=_Parser), "prepare", _prepare,
+                    "turn text, JSONL or Parquet into packed token shards")
+    prepare.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or archives of text")
+    prepare.add_argument("--source", choices=("python-stdlib", "installed-packages"), help="a corpus already here")
+    prepare.add_argument("--out", required=True)
+    prepare.add_argument("--tokenizer", required=True, help="'bytes', 'bpe:SIZE' (trained here), or a tokenizer.json")
+    prepare.add_argument("--seq-len", required=True, type=int, help="tokens a row, as train.seq_len will say")
+    prepare.add_argument("--heldout-fraction", type=float, default=0.02)
+    prepare.add_argument("--text-field", default="text", help="the field or column of JSONL and Parquet")
+    prepare.add_argument("--workers", type=int, help="processes (default: one a core)")
+
+
+def _add_checkpoint_verbs(verbs) -> None:
+    checkpoint = verbs.add_parser("checkpoint", help="look at checkpoints", description="look at checkpoints")
+    inner = checkpoint.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+    for name, function, text in (
+        ("list", _checkpoint_list, "what is there, and whether it is complete"),
+        ("digest", _checkpoint_digest, "SHA-256 of the newest complete checkpoint's parameters"),
+    ):
+        parser = _verb(inner, name, function, text)
+        parser.add_argument("dir", type=Path, help="a run directory, or its checkpoints folder")
+
+
+def _start_jax() -> None:
+    """Compiled programs are kept between runs, in JAX's own cache folder or in the user's."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "maxlm" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from maxlm.overrides import apply_overrides, load_config
+
+    config = apply_overrides(load_config(arguments.config), arguments.overrides)
+    _start_jax()
+    from maxlm.training.loop import train
+    from maxlm.training.report import finish
+
+    outcome = train(config, arguments.run_dir)
+    if outcome.evaluation is not None:
+        finish(config, arguments.run_dir, outcome)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    _start_jax()
+    from maxlm.training.saved_run import evaluate
+
+    print(json.dumps(evaluate(arguments.run_dir, arguments.step, arguments.data, arguments.batches)))
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    _start_jax()
+    from maxlm.training.saved_run import generate
+
+    print(generate(
+        arguments.run_dir, arguments.step, arguments.prompt, num_tokens=arguments.tokens, seed=arguments.seed,
+        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
+    ))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from maxlm.overrides import apply_overrides, load_config
+
+    config = apply_overrides(load_config(arguments.config), arguments.overrides)
+    if arguments.steps < 1 or arguments.warmup < 1:
+        raise ConfigError("--steps and --warmup must be 1 or more")
+    _start_jax()
+    from maxlm.training.benchmark import measure, summary
+
+    record = {"recipe": Path(arguments.config).stem} | measure(
+        config, steps=arguments.steps, warmup=arguments.warmup, documents=arguments.documents
+    )
+    print(summary(record), file=sys.stderr)
+    print(json.dumps(record))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from maxlm.data.prepare import prepare
+
+    manifest = prepare(
+        arguments.inputs, source=arguments.source, out=arguments.out, tokenizer=arguments.tokenizer,
+        seq_len=arguments.seq_len, heldout_fraction=arguments.heldout_fraction, workers=arguments.workers,
+        text_field=arguments.text_field,
+    )
+    print(manifest.summary())
+    return 0
+
+
+def _checkpoint_list(arguments: argparse.Namespace) -> int:
+    from datetime import datetime
+
+    from maxlm.checkpoint import list_checkpoints
+
+    rows = list_checkpoints(_checkpoints_folder(arguments.dir))
+    print(f"{'step':>10}  {'megabytes':>10}  {'complete':8}  written")
+    for row in rows:
+        when = datetime.fromtimestamp(row.time).isoformat(" ", "seconds")
+        print(f"{row.step:>10}  {row.bytes / 1e6:>10.1f}  {'yes' if row.complete else 'no':8}  {when}")
+    return 0
+
+
+def _checkpoint_digest(arguments: argparse.Namespace) -> int:
+    from maxlm.checkpoint import tree_digest
+
+    print(tree_digest(_checkpoints_folder(arguments.dir)))
+    return 0
+
+
+def _checkpoints_folder(folder: Path) -> Path:
+    inner = folder / "checkpoints"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; give a run directory or its checkpoints folder")
+    return inner if inner.is_dir() else folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""`maxlm bench`: the real compiled step on synthetic batches, timed."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.config import RunConfig
+from maxlm.flops import training_flops_per_token, training_flops_per_token_full_attention
+from maxlm.hardware import chip_of
+from maxlm.kernels.attention import choose_attention
+from maxlm.parallel.mesh import check_divisible, make_mesh
+from maxlm.schema import to_dict
+from maxlm.training.evaluate import local_rows, to_device
+from maxlm.training.state import DTYPES, init_state
+from maxlm.training.step import compile_step
+
+PACKAGES = ("maxlm", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def measure(config: RunConfig, *, steps: int = 20, warmup: int = 3, documents: int = 1) -> dict[str, Any]:
+    """Times `steps` training steps after `warmup` ones and returns the record `maxlm bench` writes.
+
+    Each row of a batch holds `documents` equal documents. A step is timed from dispatch until its loss is on the
+    host. tokens/s/chip counts every position; mfu is against the chip's dense peak for the recipe's precision, in the
+    convention of flops.training_flops_per_token (causal), and null for a chip that is not known.
+    """
+    mesh = make_mesh(config.mesh)
+    check_divisible(mesh, config.model, config.train)
+    with jax.set_mesh(mesh):
+        clock = time.perf_counter()
+        step = compile_step(config, mesh)
+        compile_seconds = time.perf_counter() - clock
+        state = init_state(config, mesh)
+        rows = local_rows(mesh, config.train.global_batch_size)
+        batches = [to_device(_batch(config, seed, documents, rows), mesh) for seed in range(2)]
+        seconds, losses = [], []
+        for index in range(warmup + steps):
+            clock = time.perf_counter()
+            state, metrics = step(state, batches[index % 2])
+            losses.append(float(metrics.loss))
+            seconds.append(time.perf_counter() - clock)
+    return _record(config, mesh, step, seconds[warmup:], losses, compile_seconds, documents)
+
+
+def _batch(config: RunConfig, seed: int, documents: int, rows: range) -> dict[str, np.ndarray]:
+    shape = (config.train.global_batch_size, config.train.seq_len)
+    tokens = np.random.default_rng(seed).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
+    starts = np.arange(shape[1]) * documents // shape[1]
+    first = np.searchsorted(starts, starts)
+    whole = {
+        "tokens": tokens[:, :-1],
+        "targets": np.where(np.append(np.diff(starts), 0) == 0, tokens[:, 1:], -1),
+        "segment_ids": np.broadcast_to(starts + 1, shape),
+        "positions": np.broadcast_to(np.arange(shape[1]) - first, shape),
+    }
+    return {name: np.ascontiguousarray(a[rows.start : rows.stop], dtype=np.int32) for name, a in whole.items()}
+
+
+def _record(config, mesh, step, seconds, losses, compile_seconds, documents) -> dict[str, Any]:
+    device, train = mesh.devices.flat[0], config.train
+    chip = chip_of(device.device_kind)
+    median = statistics.median(seconds)
+    rate = train.global_batch_size * train.seq_len / median / mesh.size
+    peak = chip.peak(config.precision.recipe) if chip else None
+    flops = training_flops_per_token(config.model, train.seq_len)
+    full = training_flops_per_token_full_attention(config.model, train.seq_len)
+    memory = step.memory_analysis()
+    kernel, _ = choose_attention(
+        config.compute.attention, platform=device.platform, head_dim=config.model.head_dim, seq_len=train.seq_len,
+        softcap=config.model.attention_softcap, compute_dtype=DTYPES[config.precision.recipe],
+    )
+    return {
+        "benchmark": "train_step",
+        "device_kind": device.device_kind,
+        "devices": mesh.size,
+        "tokens_per_second_per_chip": rate,
+        "mfu": rate * flops / peak if peak else None,
+        "mfu_full_attention_convention": rate * full / peak if peak else None,
+        "flops_per_token": flops,
+        "step_seconds": {"median": median, "min": min(seconds), "max": max(seconds), "count": len(seconds)},
+        "compile_seconds": compile_seconds,
+        "bytes_per_chip": memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None,
+        "attention": kernel,
+        "documents_per_row": documents,
+        "loss_first_last": [losses[0], losses[-1]],
+        "config": to_dict(config),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, '+' where it has changes; None outside a checkout."""
+    here = Path(__file__).parent
+    git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)  # noqa: E731
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+    except FileNotFoundError:
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout.strip() else "")
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One line for people."""
+    seconds = record["step_seconds"]
+    mfu = "unknown chip, no MFU" if record["mfu"] is None else (
+        f"MFU {record['mfu']:.1%} (causal attention; {record['mfu_full_attention_convention']:.1%} if it counted whole)"
+    )
+    return (
+        f"{record['device_kind']} x{record['devices']}: {record['tokens_per_second_per_chip']:,.0f} tokens/s/chip, "
+        f"{mfu}, "
+        f"step {seconds['median'] * 1e3:.1f} ms (min {seconds['min'] * 1e3:.1f}, max {seconds['max'] * 1e3:.1f}, "
+        f"n {seconds['count']}), compiled in {record['compile_seconds']:.1f} s"
+    )

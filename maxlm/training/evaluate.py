@@ -1,0 +1,78 @@
+"""Held-out evaluation: loss in nats a token, perplexity, and bits per byte of the source text."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maxlm.config import RunConfig
+from maxlm.hardware import compiler_options
+from maxlm.model import Transformer
+from maxlm.parallel.sharding import BATCH, batch_sharding
+from maxlm.training.loss import Batch, summed_loss, token_count
+
+
+class Evaluation(NamedTuple):
+    """Sums over held-out rows: negative log likelihood in nats, tokens predicted, bytes of text they stand for."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+
+def make_evaluator(config: RunConfig, mesh: Mesh) -> Callable[[Transformer, Any, range], Evaluation]:
+    """A function (params, held-out data, this process's rows) -> Evaluation over `eval.num_batches` batches (0: all).
+    Batches are dispatched without waiting for one another. `mesh` must be installed."""
+    objective = functools.partial(summed_loss, z_loss=0.0, chunks=config.compute.loss_chunks)
+    options = compiler_options(mesh.devices.flat[0].platform, mesh.size)
+
+    @functools.partial(jax.jit, compiler_options=options)
+    def sums(params: Transformer, batch: Batch, bytes_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return objective(params, batch).nll, token_count(batch), jnp.sum(bytes_B)
+
+    def evaluate(params: Transformer, heldout: Any, rows: range) -> Evaluation:
+        count = min(heldout.num_batches, config.eval.num_batches or heldout.num_batches)
+        rows_of = NamedSharding(mesh, P(BATCH))
+        parts = []
+        for index in range(count):
+            batch = heldout.batch(index, rows)
+            bytes_B = jax.make_array_from_process_local_data(rows_of, batch["bytes"])
+            parts.append(sums(params, to_device(batch, mesh), bytes_B))
+        nats, tokens, text_bytes = zip(*jax.device_get(parts), strict=True)
+        return Evaluation(math.fsum(map(float, nats)), sum(map(int, tokens)), sum(map(int, text_bytes)))
+
+    return evaluate
+
+
+def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """This process's rows of a global batch as global arrays, [B, T], split over the batch axes."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, batch[name])
+        for name in ("tokens", "targets", "segment_ids", "positions")
+    }
+
+
+def local_rows(mesh: Mesh, global_batch_size: int) -> range:
+    """The rows of a global batch that this process's devices hold. They are contiguous: `data` and `fsdp` are the
+    mesh's outer axes and devices are in process order."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((global_batch_size, 1)).values()
+    spans = sorted({rows.indices(global_batch_size)[:2] for rows, _ in held})
+    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)), f"rows of one process have gaps: {spans}"
+    return range(spans[0][0], spans[-1][1])

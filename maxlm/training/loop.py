@@ -1,0 +1,278 @@
+"""The training loop: the one module that orders side effects.
+
+Read it downward: set up, resume, then for each step: dispatch, look at the step before, evaluate, save, stop if asked.
+The device always has the next step queued while the host reads the last one's metrics, so logging costs no wait.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from maxlm import __version__
+from maxlm.checkpoint import Checkpointer
+from maxlm.config import RunConfig, training_difference
+from maxlm.data.folders import datasets_of
+from maxlm.data.loader import HeldoutData, TrainingData
+from maxlm.flops import training_flops_per_token
+from maxlm.hardware import chip_of
+from maxlm.kernels.attention import choose_attention
+from maxlm.parallel.mesh import check_divisible, make_mesh
+from maxlm.resilience import RunLock, StopRequest
+from maxlm.schema import ConfigError, from_dict, to_dict
+from maxlm.training.evaluate import Evaluation, local_rows, make_evaluator, to_device
+from maxlm.training.metrics import MetricsWriter, plot_loss
+from maxlm.training.progress import Progress
+from maxlm.training.saved_run import CHECKPOINTS, DATA, TOKENIZER
+from maxlm.training.state import DTYPES, TrainState, abstract_state, init_state
+from maxlm.training.step import StepMetrics, compile_step
+
+CONFIG_FILE, DONE_FILE = "config.json", "DONE"
+
+
+class RunStopped(RuntimeError):
+    """The run stopped for its own safety; everything up to the last good step is saved. Exit code 3."""
+
+
+@dataclass
+class Outcome:
+    """How a call to `train` ended."""
+
+    step: int
+    tokens: int
+    preempted: bool
+    evaluation: Evaluation | None
+    state: TrainState | None = field(repr=False, default=None)
+
+
+def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None = None) -> Outcome:
+    """Trains `config` in `run_dir`, from its newest checkpoint if it has one, to `train.num_steps`.
+
+    Raises ConfigError for a user's mistake (before anything is written), CheckpointError where a save or restore
+    failed, RunStopped where the loss stopped being finite.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    check_divisible(mesh, config.model, config.train)
+    with RunLock(run_dir, process_index=jax.process_index()), jax.set_mesh(mesh), StopRequest() as stop:
+        say = _print if jax.process_index() == 0 else _nothing
+        folders = datasets_of(config.data, config.train.seq_len, run_dir / DATA)
+        sizes = {"seq_len": config.train.seq_len, "global_batch_size": config.train.global_batch_size}
+        data = TrainingData(folders, **sizes, seed=config.train.seed)
+        heldout = HeldoutData(folders, **sizes)
+        _check_vocabulary(config, data)
+        checkpoints = run_dir / CHECKPOINTS
+        keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
+        with Checkpointer(checkpoints, **keep) as checkpointer:
+            run = _Run(config, run_dir, mesh, data, heldout, checkpointer, say)
+            return run.until_done(stop)
+
+
+def resumed_config(checkpointer: Checkpointer, step: int, config: RunConfig, data_digest: str) -> dict[str, Any]:
+    """The metadata of a checkpoint, once it is certain that `config` and the data continue the same training."""
+    meta = checkpointer.restore_meta(step)
+    changed = training_difference(from_dict(RunConfig, meta["config"]), config)
+    if changed:
+        raise ConfigError(
+            f"this run directory was trained with another config ({'; '.join(changed)}): restore these values, "
+            "or use another --run-dir"
+        )
+    if meta["data"]["digest"] != data_digest:
+        raise ConfigError(
+            "data.path, data.source or data.mixture: the prepared data is not what this run was trained on (its digest "
+            f"is {data_digest[:12]}, the checkpoint's {meta['data']['digest'][:12]}): point to the same data, or use "
+            "another --run-dir"
+        )
+    return meta
+
+
+class _Run:
+    """One start of a run: what its phases share."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, mesh: Mesh, data: TrainingData, heldout: HeldoutData,
+                 checkpointer: Checkpointer, say: Callable[[str], None]):
+        self.config, self.run_dir, self.mesh, self.say = config, run_dir, mesh, say
+        self.data, self.heldout, self.checkpointer = data, heldout, checkpointer
+        self.rows = local_rows(mesh, config.train.global_batch_size)
+        self.leader = jax.process_index() == 0
+        device = mesh.devices.flat[0]
+        self.chip = chip_of(device.device_kind)
+        self.flops_per_token = training_flops_per_token(config.model, config.train.seq_len)
+        _, reason = choose_attention(
+            config.compute.attention, platform=device.platform, head_dim=config.model.head_dim,
+            seq_len=config.train.seq_len, softcap=config.model.attention_softcap,
+            compute_dtype=DTYPES[config.precision.recipe],
+        )
+        if reason:
+            say(reason)
+
+    def until_done(self, stop: StopRequest) -> Outcome:
+        config = self.config
+        state, start, tokens = self._state()
+        self._record_config()
+        if start >= config.train.num_steps:
+            self.say(f"{self.run_dir.name}: already trained to step {start}; raise train.num_steps to go on")
+            return Outcome(start, tokens, False, None, state)
+        clock = time.perf_counter()
+        step_function = compile_step(config, self.mesh)
+        self.say(f"step compiled in {time.perf_counter() - clock:.1f} s; training from step {start} on "
+                 f"{self.mesh.size} {self.mesh.devices.flat[0].device_kind} device(s)")
+        self.writer = MetricsWriter(self.run_dir, start, config.logging.tensorboard) if self.leader else None
+        self.evaluate = make_evaluator(config, self.mesh)
+        try:
+            with Progress(config.train.num_steps, start) as self.progress:
+                return self._steps(step_function, state, start, tokens, stop)
+        finally:
+            if self.writer:
+                self.writer.close()
+                plot_loss(self.run_dir)
+
+    def _state(self) -> tuple[TrainState, int, int]:
+        """(state, its step, tokens seen): the newest checkpoint's, or fresh."""
+        newest = self.checkpointer.latest_step()
+        if newest is None:
+            return init_state(self.config, self.mesh), 0, 0
+        meta = resumed_config(self.checkpointer, newest, self.config, self.data.digest)
+        state = self.checkpointer.restore(newest, abstract_state(self.config, self.mesh))
+        self.say(f"resumed from step {newest}")
+        return state, newest, meta["data"]["tokens"]
+
+    def _record_config(self) -> None:
+        if not self.leader:
+            return
+        (self.run_dir / DONE_FILE).unlink(missing_ok=True)
+        partial = self.run_dir / (CONFIG_FILE + ".partial")
+        partial.write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+        os.replace(partial, self.run_dir / CONFIG_FILE)
+        if self.data.tokenizer_path:  # so that the run directory can generate by itself
+            shutil.copyfile(self.data.tokenizer_path, self.run_dir / TOKENIZER)
+
+    def _steps(self, step_function: Any, state: TrainState, start: int, tokens: int, stop: StopRequest) -> Outcome:
+        config, last = self.config, self.config.train.num_steps
+        self.tokens, self.mark, self.marked_step = tokens, time.perf_counter(), start
+        pending: StepMetrics | None = None
+        evaluation, step = None, start
+        data = config.data
+        batches = self.data.iterate(
+            start, self.rows, read_threads=data.read_threads, worker_processes=data.worker_processes,
+            prefetch_batches=data.prefetch_batches,
+        )
+        try:
+            for index, batch in batches:
+                self._profile(index)
+                state, metrics = step_function(state, to_device(batch, self.mesh))
+                if pending is not None:
+                    self._finished(index, pending)
+                pending, step = metrics, index + 1
+                stopping = stop.should_stop(step)
+                saving = stopping or step == last or step % config.checkpoint.every_steps == 0
+                evaluating = step == last or (config.eval.every_steps and step % config.eval.every_steps == 0)
+                if saving or evaluating:
+                    self._finished(step, pending)
+                    pending, paused = None, time.perf_counter()
+                    if saving:
+                        self._save(step, state)
+                    if evaluating and not stopping:
+                        evaluation = self._evaluate(step, state)
+                    self.mark += time.perf_counter() - paused
+                if stopping or step == last:
+                    break
+        finally:
+            batches.close()
+            self._profile(None)
+        return self._end(state, step, stopping and step < last, evaluation)
+
+    def _end(self, state: TrainState, step: int, preempted: bool, evaluation: Evaluation | None) -> Outcome:
+        self.checkpointer.wait()
+        if preempted:
+            self.say(f"stopped at step {step} as asked; the same command goes on from there")
+            if self.writer:
+                self.writer.write({"step": step, "tokens": self.tokens, "preempted": True})
+        elif self.leader:
+            (self.run_dir / DONE_FILE).write_text(f"{step}\n")
+        return Outcome(step, self.tokens, preempted, evaluation, state)
+
+    def _finished(self, step: int, metrics: StepMetrics) -> None:
+        """Step `step` is done or about to be: takes in its metrics, and logs when it is time to."""
+        loss, grad_norm, update_norm, rate, tokens = (float(value) for value in jax.device_get(metrics))
+        self.tokens += int(tokens)
+        if not math.isfinite(loss):
+            newest = self.checkpointer.latest_step()
+            raise RunStopped(
+                f"loss is {loss} at step {step}: stopped before saving it; "
+                + (f"the last good checkpoint is step {newest}" if newest is not None else "no checkpoint was made yet")
+                + ". Lower optimizer.learning_rate or look at the batch of this step"
+            )
+        self.progress.advance(step)
+        every, last = self.config.logging.every_steps, self.config.train.num_steps
+        if step % every and step != last:
+            return
+        now = time.perf_counter()
+        seconds = (now - self.mark) / (step - self.marked_step)
+        self.mark, self.marked_step = now, step
+        train = self.config.train
+        rate_per_chip = train.global_batch_size * train.seq_len / seconds / self.mesh.size
+        peak = self.chip.peak(self.config.precision.recipe) if self.chip else None
+        row = {
+            "step": step, "tokens": self.tokens, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm,
+            "update_norm": update_norm, "step_seconds": seconds, "tokens_per_second_per_chip": rate_per_chip,
+            "mfu": rate_per_chip * self.flops_per_token / peak if peak else None,
+        }
+        if self.writer:
+            self.writer.write(row)
+            self.progress.figures(row, (last - step) * seconds)
+
+    def _evaluate(self, step: int, state: TrainState) -> Evaluation:
+        result = self.evaluate(state.params, self.heldout, self.rows)
+        if self.writer:
+            self.writer.write({"step": step, "tokens": self.tokens, "eval_loss": result.loss,
+                               "eval_bits_per_byte": result.bits_per_byte})
+            self.progress.line(f"step {step}  held out: loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits a byte")
+        return result
+
+    def _save(self, step: int, state: TrainState) -> None:
+        meta = {
+            "step": step,
+            "config": to_dict(self.config),
+            "data": {"digest": self.data.digest, "step": step, "tokens": self.tokens},
+            "versions": {"maxlm": __version__, "jax": jax.__version__},
+        }
+        self.checkpointer.save(step, state, meta)
+
+    def _profile(self, index: int | None) -> None:
+        """Starts or stops the trace around step `index`; None stops it at the end."""
+        first, count = self.config.logging.profile_start, self.config.logging.profile_steps
+        if not count:
+            return
+        if index == first:
+            jax.profiler.start_trace(str(self.run_dir / "profile"))
+            self._tracing = True
+        elif getattr(self, "_tracing", False) and (index is None or index == first + count):
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+
+def _check_vocabulary(config: RunConfig, data: TrainingData) -> None:
+    if data.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the data's tokenizer, which has "
+            f"{data.vocab_size} tokens: set model.vocab_size={data.vocab_size} or more"
+        )
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _nothing(text: str) -> None:
+    pass

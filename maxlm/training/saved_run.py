@@ -1,0 +1,90 @@
+"""What can be done with a finished or stopped run: evaluate it, sample from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.checkpoint import read_meta, restore_state
+from maxlm.checkpoint.layout import require_step
+from maxlm.config import DatasetConfig, RunConfig
+from maxlm.data.folders import datasets_of
+from maxlm.data.loader import HeldoutData
+from maxlm.data.tokenizer import load_tokenizer
+from maxlm.model import Transformer
+from maxlm.model.decode import sample
+from maxlm.parallel.mesh import check_divisible, make_mesh
+from maxlm.schema import ConfigError, from_dict
+from maxlm.training.evaluate import local_rows, make_evaluator
+from maxlm.training.state import abstract_state
+
+CHECKPOINTS, DATA, TOKENIZER = "checkpoints", "data", "tokenizer.json"
+
+
+def load_config_of(run_dir: Path, step: int | None) -> tuple[RunConfig, int]:
+    """The config a checkpoint was trained with, and its step (the newest one's where `step` is None)."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"--run-dir {run_dir}: no such folder; give the folder that `maxlm train` wrote")
+    step = require_step(run_dir / CHECKPOINTS, step)
+    return from_dict(RunConfig, read_meta(run_dir / CHECKPOINTS, step)["config"]), step
+
+
+def evaluate(run_dir: Path, step: int | None, data: str | None, batches: int) -> dict[str, Any]:
+    """Held-out loss of a checkpoint over `batches` global batches (0: all), as the JSON of `maxlm eval`.
+
+    On any number of devices: the mesh is the run's where it fits, else all devices along `fsdp`.
+    """
+    config, step = load_config_of(run_dir, step)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_batches=batches))
+    try:
+        mesh = make_mesh(config.mesh)
+    except ConfigError:
+        mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp="rest", tensor=1))
+    check_divisible(mesh, config.model, config.train)
+    folders = (DatasetConfig(data),) if data else datasets_of(config.data, config.train.seq_len, run_dir / DATA)
+    size = config.train.global_batch_size
+    heldout = HeldoutData(folders, seq_len=config.train.seq_len, global_batch_size=size)
+    with jax.set_mesh(mesh):
+        state = restore_state(run_dir / CHECKPOINTS, step, abstract_state(config, mesh))
+        result = make_evaluator(config, mesh)(state.params, heldout, local_rows(mesh, size))
+    return {
+        "step": step, "loss": result.loss, "perplexity": math.exp(min(result.loss, 700.0)),
+        "bits_per_byte": result.bits_per_byte, "tokens": result.tokens, "bytes": result.bytes,
+    }
+
+
+def generate(run_dir: Path, step: int | None, prompt: str, **options: Any) -> str:
+    """`prompt` and its continuation by a checkpoint, restored onto one device."""
+    config, step = load_config_of(run_dir, step)
+    mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    state = restore_state(run_dir / CHECKPOINTS, step, abstract_state(config, mesh))
+    return continue_text(state.params, run_dir, prompt, **options)
+
+
+def continue_text(params: Transformer, run_dir: Path, prompt: str, *, num_tokens: int, seed: int = 0,
+                  temperature: float = 0.8, top_k: int = 0, top_p: float = 0.95) -> str:
+    """`prompt` and `num_tokens` sampled tokens after it, cut at the end of the document. Deterministic in `seed`."""
+    for name, value, fine in (
+        ("--tokens", num_tokens, num_tokens > 0),
+        ("--temperature", temperature, temperature >= 0),
+        ("--top-k", top_k, top_k >= 0),
+        ("--top-p", top_p, 0 < top_p <= 1),
+    ):
+        if not fine:
+            raise ConfigError(f"{name}={value} is out of range")
+    saved = run_dir / TOKENIZER
+    tokenizer = load_tokenizer(str(saved) if saved.exists() else "bytes")
+    ids = [tokenizer.eot_id, *tokenizer.encode_batch([prompt])[0].tolist()]
+    params = jax.tree.map(lambda a: jax.device_put(np.asarray(a), jax.devices()[0]), params)
+    new = sample(params, jnp.asarray([ids], jnp.int32), jax.random.key(seed), num_tokens=num_tokens,
+                 temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens = np.asarray(new)[0].tolist()
+    if tokenizer.eot_id in tokens:
+        tokens = tokens[: tokens.index(tokenizer.eot_id)]
+    return tokenizer.decode(ids[1:] + tokens)
