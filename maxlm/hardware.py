@@ -41,8 +41,12 @@ class Chip:
     devices_per_chip: int = 1
 
     def peak(self, precision: Precision) -> float | None:
-        """FLOP/s in `precision`, or None where the vendor publishes none (then no MFU is reported)."""
+        """FLOP/s of the chip in `precision`, or None where the vendor publishes none (then no MFU is reported)."""
         return self.peak_flops.get(precision)
+
+    def chips(self, num_devices: int) -> int:
+        """Chips that `num_devices` JAX devices are: what a rate 'per chip' is divided by."""
+        return max(1, num_devices // self.devices_per_chip)
 
 
 # Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read 2026-11. They state ICI as bidirectional GB/s a chip
@@ -104,9 +108,10 @@ def _normal(kind: str) -> str:
     return kind.removeprefix("nvidia")  # drivers before 2021 leave the vendor out
 
 
-def compiler_options(platform: str) -> dict[str, bool]:
-    """XLA options for `jax.jit(...).lower(...).compile(compiler_options=...)` on 'tpu', 'gpu' ('cuda') or 'cpu'.
+def compiler_options(platform: str, num_devices: int = 1) -> dict[str, bool]:
+    """XLA options for `jax.jit(..., compiler_options=...)` on 'tpu', 'gpu' ('cuda') or 'cpu'.
 
+    num_devices: devices of the mesh. An option that only concerns collectives is left out for one device.
     GPU: autotuning XLA's Triton GEMMs costs 12-131 s of compilation an FP8 product, and cuBLASLt ran faster
     (measured on an H100, docs/LOG.md). The latency-hiding scheduler overlaps collectives with computation.
     TPU: asynchronous all-gathers are libtpu's default from v5e on, and on v4 with this option (read from the HLO of
@@ -115,6 +120,6 @@ def compiler_options(platform: str) -> dict[str, bool]:
     """
     if platform in ("gpu", "cuda"):
         return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_latency_hiding_scheduler": True}
-    if platform == "tpu":
+    if platform == "tpu" and num_devices > 1:
         return {"xla_enable_async_all_gather": True}
     return {}
