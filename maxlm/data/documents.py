@@ -105,7 +105,8 @@ def _parquet(unit: Unit, text_field: str) -> _Found:
     [(_, path)] = unit.entries
     file = open_parquet(path)
     if text_field not in file.schema_arrow.names:
-        yield path, b"", f"without a column {text_field!r} (it has {', '.join(file.schema_arrow.names)}; see --text-field)"
+        columns = ", ".join(file.schema_arrow.names)
+        yield path, b"", f"without a column {text_field!r} (it has {columns}; see --text-field)"
         return
     for group in range(unit.start, unit.stop):
         for row, text in enumerate(file.read_row_group(group, columns=[text_field]).column(0).to_pylist()):

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from maxlm.config import DatasetConfig
 from maxlm.data.mixture import mixed_rows, mixture_digest, open_datasets, row_source
 from maxlm.data.rows import Batch, RowFormat
@@ -39,19 +41,25 @@ class _Batches:
 class BatchStream:
     """Iterates (step, batch) for ever. `close()` stops its threads and processes; it is also a context manager."""
 
-    def __init__(self, iterator: Any, start_step: int):
-        self._iterator, self._step = iterator, start_step
+    def __init__(self, iterator: Any, start_step: int, copy: bool = False):
+        self._iterator, self._step, self._copy = iterator, start_step, copy
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         return self
 
     def __next__(self) -> tuple[int, Batch]:
+        if self._iterator is None:
+            raise ValueError("this stream of batches was closed")
         batch = next(self._iterator)
+        if self._copy:  # a worker process's arrays are shared memory that must be freed before the program ends
+            batch = {name: np.array(value) for name, value in batch.items()}
         self._step += 1
         return self._step - 1, batch
 
     def close(self) -> None:
-        self._iterator.close()
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
 
     def __enter__(self) -> BatchStream:
         return self
@@ -109,7 +117,7 @@ class TrainingData:
             stream = stream.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=worker_processes, per_worker_buffer_size=each)
             )
-        return BatchStream(iter(stream), start_step)
+        return BatchStream(iter(stream), start_step, copy=worker_processes > 0)
 
     def _batches(self, rows: range | None) -> _Batches:
         wanted = range(self._global_batch_size) if rows is None else rows

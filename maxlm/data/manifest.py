@@ -118,7 +118,8 @@ def content_digest(seq_len: int, eot_id: int, tokenizer: TokenizerInfo, train: S
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
     """Atomically: a folder with a manifest is complete."""
-    write_atomically(os.path.join(folder, MANIFEST), json.dumps(dataclasses.asdict(manifest), indent=1).encode() + b"\n")
+    text = json.dumps(dataclasses.asdict(manifest), indent=1) + "\n"
+    write_atomically(os.path.join(folder, MANIFEST), text.encode())
 
 
 def write_atomically(path: str, content: bytes) -> None:
@@ -133,6 +134,7 @@ def write_atomically(path: str, content: bytes) -> None:
 def read_manifest(folder: str) -> Manifest:
     """Raises ConfigError when `folder` is not a complete prepared folder or its manifest was altered."""
     path = os.path.join(folder, MANIFEST)
+    again = "delete the folder and run `maxlm data prepare` again"
     require(os.path.isdir(folder), f"data.path={folder!r} does not exist: make it with `maxlm data prepare`")
     require(os.path.isfile(path), f"data.path={folder!r} has no {MANIFEST}: run `maxlm data prepare INPUT... --out "
             f"{folder}` (again, if it was interrupted: it continues)")
@@ -142,7 +144,7 @@ def read_manifest(folder: str) -> Manifest:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise ConfigError(f"{path} is corrupted (not JSON): delete the folder and run `maxlm data prepare` again") from None
+        raise ConfigError(f"{path} is corrupted (not JSON): {again}") from None
     version = values.get("version") if isinstance(values, dict) else None
     require(version in (None, VERSION), f"{path} has version {version}, this maxlm reads {VERSION}: prepare it again")
     try:
@@ -159,11 +161,9 @@ def read_manifest(folder: str) -> Manifest:
         digest = content_digest(
             manifest.seq_len, manifest.eot_id, manifest.tokenizer, manifest.train, manifest.heldout
         )
-        require(digest == manifest.digest, f"{path} is corrupted (its digest does not match its content): "
-                "delete the folder and run `maxlm data prepare` again")
+        require(digest == manifest.digest, f"{path} is corrupted (its digest does not match its content): {again}")
     except (TypeError, KeyError, AttributeError):
-        raise ConfigError(f"{path} is corrupted (fields missing or unknown): delete the folder and run "
-                          "`maxlm data prepare` again") from None
+        raise ConfigError(f"{path} is corrupted (fields missing or unknown): {again}") from None
     return manifest
 
 
@@ -176,11 +176,11 @@ def check_shards(folder: str, manifest: Manifest, *, verify: bool = False) -> No
 
     Raises ConfigError naming the first shard that is missing, truncated or altered.
     """
+    again = "delete the folder and run `maxlm data prepare` again"
     for shard in (*manifest.train.shards, *manifest.heldout.shards):
         path = os.path.join(folder, shard.file)
         require(os.path.isfile(path), f"{path} is missing: run the `maxlm data prepare` of this folder again")
         size = os.path.getsize(path)
-        again = "delete the folder and run `maxlm data prepare` again"
         require(size == shard.size, f"{path} has {size} bytes, its manifest says {shard.size}: {again}")
         if verify:
             require(file_sha256(path) == shard.sha256, f"{path} does not match its SHA-256 in the manifest: {again}")

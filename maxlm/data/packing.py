@@ -82,7 +82,12 @@ def best_fit(lengths_N: np.ndarray, capacity: int) -> Placement:
 
 
 def fill_rows(
-    pieces: Pieces, placement: Placement, chosen: np.ndarray, stream: np.ndarray, stream_bytes: np.ndarray, fmt: RowFormat
+    pieces: Pieces,
+    placement: Placement,
+    chosen: np.ndarray,
+    stream: np.ndarray,
+    stream_bytes: np.ndarray,
+    fmt: RowFormat,
 ) -> np.ndarray:
     """Records [R, record_bytes] of rows 0..R-1, from the pieces `chosen` that `placement` puts there.
 

@@ -1,8 +1,8 @@
 """`maxlm data prepare`: text of any kind to packed, hashed token shards.
 
-Four phases, each parallel over processes: scan (hash every document, which finds duplicates and decides the split),
-train the tokenizer if one is asked for, encode, pack. The manifest is written last, so a folder is complete or has none;
-the same command run again after a kill reuses the units and shards that were finished.
+Four phases: scan (hash every document, which finds duplicates and decides the split), train the tokenizer if one is
+asked for, encode, pack. All but training run over processes. The manifest is written last, so a folder is complete or
+has none; the same command run again after a kill reuses the units and shards that were finished.
 """
 
 from __future__ import annotations
@@ -22,13 +22,36 @@ import numpy as np
 
 from maxlm.config import DataConfig
 from maxlm.data.manifest import (
-    MANIFEST, TOKENIZER, VERSION, Compression, Manifest, Shard, SourceInfo, Split, TokenizerInfo, check_shards,
-    content_digest, file_sha256, read_manifest, write_atomically, write_manifest,
+    MANIFEST,
+    TOKENIZER,
+    VERSION,
+    Compression,
+    Manifest,
+    Shard,
+    SourceInfo,
+    Split,
+    TokenizerInfo,
+    check_shards,
+    content_digest,
+    read_manifest,
+    write_atomically,
+    write_manifest,
 )
 from maxlm.data.progress import Progress
 from maxlm.data.sources import NAMED_SOURCES, Corpus, discover
 from maxlm.data.tasks import (
-    SPLITS, CompressTask, Encoded, EncodeTask, Packed, PackTask, Scan, Scanned, encode, finish, scan,
+    SPLITS,
+    CompressTask,
+    Encoded,
+    EncodeTask,
+    Packed,
+    PackTask,
+    Scan,
+    Scanned,
+    encode,
+    finish,
+    scan,
+    task_key,
 )
 from maxlm.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_bpe
 from maxlm.data.workers import run_tasks, usable_cores
@@ -125,7 +148,7 @@ def _locked(out: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another process is preparing data in {out}: wait for it, or give another --out") from None
+            raise ConfigError(f"another process is preparing data in {out}: wait, or give another --out") from None
         yield
 
 
@@ -181,7 +204,7 @@ class _Preparation:
         require(any(kept.any() for kept in selection.keep), "nothing usable in "
                 f"{', '.join(s.name for s in self._corpus.sources)}: {_skipped_words(scanned)}")
         tokenizer, spec = self._tokenizer(scanned, selection)
-        tasks, encoded = self._encode(scanned, selection, spec)
+        tasks, encoded = self._encode(scanned, selection, spec, tokenizer.sha256)
         manifest = self._pack(scanned, selection, tokenizer, spec, tasks, encoded)
         check_shards(self._out, manifest)
         write_manifest(self._out, manifest)
@@ -220,11 +243,11 @@ class _Preparation:
         return tokenizer, path
 
     def _encode(
-        self, scanned: list[Scanned], selection: _Selection, spec: str
+        self, scanned: list[Scanned], selection: _Selection, spec: str, sha256: str
     ) -> tuple[list[EncodeTask], list[Encoded]]:
         tasks = [
-            EncodeTask(unit, self._request["text_field"], spec, self._work, f"unit-{i:06d}", selection.keep[i],
-                       selection.heldout[i], hashlib.sha256(scanned[i].hashes.tobytes()).hexdigest(),
+            EncodeTask(unit, self._request["text_field"], spec, sha256, self._work, f"unit-{i:06d}",
+                       selection.keep[i], selection.heldout[i], hashlib.sha256(scanned[i].hashes.tobytes()).hexdigest(),
                        selection.cut_fraction)
             for i, unit in enumerate(self._corpus.units)
         ]
@@ -272,19 +295,23 @@ class _Preparation:
         seq_len, shard_rows = self._request["seq_len"], self._request["shard_rows"]
         target = shard_rows * seq_len if shard_rows else min(max(total // 256, _MIN_SHARD_TOKENS), _MAX_SHARD_TOKENS)
         shards: dict[int, list[tuple[str, str, np.ndarray, int]]] = {}
+        content: dict[int, list[str]] = {}
         before = 0
         for unit, n in zip(units, lengths, strict=True):
             ends = np.cumsum(n)
+            key = task_key(unit)
             shard_of = (before + ends - n) // target
             for shard in np.unique(shard_of):
                 mine = shard_of == shard
                 first = int((ends - n)[mine][0])
                 files = unit.output(split, "tokens"), unit.output(split, "bytes")
                 shards.setdefault(int(shard), []).append((*files, n[mine], first))
+                content.setdefault(int(shard), []).append(key)
             before += int(n.sum())
         return [
-            PackTask(tuple(shards[key]), spec, seq_len, self._out, f"{split}-{i:05d}.arrayrecord", self._work, i)
-            for i, key in enumerate(sorted(shards))
+            PackTask(tuple(shards[shard]), tuple(content[shard]), spec, seq_len, self._out,
+                     f"{split}-{i:05d}.arrayrecord", self._work, i)
+            for i, shard in enumerate(sorted(shards))
         ]
 
     def _source_infos(self, scanned: list[Scanned], selection: _Selection) -> Iterator[SourceInfo]:

@@ -45,7 +45,9 @@ class RowFormat:
     def record_bytes(self) -> int:
         return _HEADER_BYTES + self._mask_bytes + self.capacity * token_dtype(self.vocab_size).itemsize
 
-    def encode(self, tokens_RC: np.ndarray, starts_RC: np.ndarray, used_R: np.ndarray, bytes_R: np.ndarray) -> np.ndarray:
+    def encode(
+        self, tokens_RC: np.ndarray, starts_RC: np.ndarray, used_R: np.ndarray, bytes_R: np.ndarray
+    ) -> np.ndarray:
         """Records [R, record_bytes] uint8 of rows given as tokens, segment-start flags, lengths and text bytes."""
         records = np.empty((len(tokens_RC), self.record_bytes), np.uint8)
         header = np.stack([used_R, bytes_R], axis=1).astype("<u4")

@@ -6,6 +6,7 @@ temporary name and renamed, with a small `.done` record that says which task mad
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import lzma
@@ -49,7 +50,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Scanned:
-    """hashes: uint64 [N, 2], first half of each document's SHA-256. sizes: int64 [N], bytes. sample: (document, text)."""
+    """hashes: uint64 [N, 2], first half of each SHA-256. sizes: int64 [N], bytes. sample: (document, text) pieces."""
 
     hashes: np.ndarray
     sizes: np.ndarray
@@ -91,6 +92,7 @@ class EncodeTask:
     unit: Unit
     text_field: str
     tokenizer: str
+    tokenizer_sha256: str
     folder: str
     name: str
     keep: np.ndarray
@@ -99,7 +101,7 @@ class EncodeTask:
     cut_fraction: float
 
     def output(self, split: str, kind: str) -> str:
-        """Path of the split's 'tokens', of their 'bytes' (empty where a table gives them) or of its 'text' (heldout)."""
+        """Path of the split's 'tokens', their 'bytes' (empty where a table gives them) or its 'text' (heldout)."""
         return os.path.join(self.folder, f"{self.name}.{split}.{kind}")
 
     @property
@@ -191,9 +193,11 @@ class PackTask:
     """Pack consecutive documents into one shard `out`/`name`.
 
     parts: (token file, byte-width file, documents' token counts int64 [n], first token) of each unit's share.
+    content: the keys of the tasks that wrote those files.
     """
 
     parts: tuple[tuple[str, str, np.ndarray, int], ...]
+    content: tuple[str, ...]
     tokenizer: str
     seq_len: int
     out: str
@@ -301,7 +305,7 @@ def finish(task: PackTask | CompressTask) -> Any:
 def _once(task: Any, function: Any) -> Any:
     """The recorded result if this very task already ran in this work folder, else runs and records it."""
     done = os.path.join(task.folder, f"{task.name}.done")
-    key = hashlib.sha256(pickle.dumps(task)).digest()
+    key = task_key(task)
     try:
         with open(done, "rb") as file:
             recorded_key, sizes, result = pickle.load(file)
@@ -312,3 +316,21 @@ def _once(task: Any, function: Any) -> Any:
     result = function(task)
     write_atomically(done, pickle.dumps((key, [os.path.getsize(path) for path in task.outputs], result)))
     return result
+
+
+def task_key(task: Any) -> str:
+    """SHA-256 of a task's fields by value (a pickle also depends on which of them are the same object)."""
+    key = hashlib.sha256()
+
+    def update(value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            key.update(f"{value.dtype.str}{value.shape}".encode() + value.tobytes())
+        elif isinstance(value, (tuple, list)):
+            key.update(f"{len(value)}:".encode())
+            for item in value:
+                update(item)
+        else:
+            key.update(repr(value).encode() + b"\0")
+
+    update([getattr(task, field.name) for field in dataclasses.fields(task)])
+    return key.hexdigest()

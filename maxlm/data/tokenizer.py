@@ -190,7 +190,7 @@ def load_tokenizer(spec_or_path: str, name: str | None = None) -> Tokenizer:
     require(bpe_size(spec_or_path) is None, f"tokenizer {spec_or_path!r} is trained by `maxlm data prepare`: "
             "load the tokenizer.json in the prepared folder")
     path = os.path.join(spec_or_path, "tokenizer.json") if os.path.isdir(spec_or_path) else spec_or_path
-    require(os.path.isfile(path), f"tokenizer {spec_or_path!r} is not 'bytes', 'bpe:SIZE' or a tokenizer.json that exists")
+    require(os.path.isfile(path), f"tokenizer {spec_or_path!r} is not 'bytes', 'bpe:SIZE' or an existing tokenizer.json")
     from tokenizers import Tokenizer as Inner
 
     try:
