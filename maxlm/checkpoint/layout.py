@@ -163,7 +163,8 @@ _CAUSES = (  # what the system says, what we say, how to fix it
     (("quota exceeded", "EDQUOT"), "the disk quota is used up", "free some space"),
     (("File too large", "EFBIG"), "a file would be larger than the limit", "raise `ulimit -f`"),
     (("Read-only file system", "EROFS"), "the file system is read-only", "choose a writable --run-dir"),
-    (("Permission denied", "PERMISSION_DENIED"), "permission denied", "make it writable or choose another --run-dir"),
+    (("Permission denied", "PERMISSION_DENIED", "Operation not permitted"), "permission denied",
+     "make it writable or choose another --run-dir"),
     (("Not a directory", "File exists"), "a file is in the way", "move that file or choose another --run-dir"),
     (("No such file", "NOT_FOUND"), "a file or folder vanished", "check that nothing else deletes in that folder"),
 )

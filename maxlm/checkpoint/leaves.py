@@ -42,17 +42,17 @@ def rebuild(like: Any, named: Mapping[str, Any]) -> Any:
 def plain_arrays(tree: Any) -> dict[str, Any]:
     """Name -> jax.Array, or a numpy copy of anything else, as it will be written.
 
-    Raises CheckpointError for a leaf that is no plain array (typed PRNG keys: keep `jax.random.key_data` of them).
+    Raises CheckpointError for a leaf that Orbax cannot hold: a typed PRNG key (keep `jax.random.key_data` of it),
+    text or another object, an array without elements.
     """
     arrays = {}
     for name, leaf in named_leaves(tree).items():
         if not isinstance(leaf, jax.Array):
             leaf = np.array(leaf)  # a copy: the caller may overwrite its own at once
-            writable = leaf.dtype != object
-        else:
-            writable = not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-        if not writable:
-            raise CheckpointError(f"state leaf {name!r} of type {leaf.dtype} cannot be saved: keep plain arrays only")
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) or leaf.dtype.kind in "OUS" or not leaf.size:
+            raise CheckpointError(
+                f"state leaf {name!r}, {leaf.dtype} of shape {leaf.shape}, cannot be saved: keep plain numbers only"
+            )
         arrays[name] = leaf
     return arrays
 

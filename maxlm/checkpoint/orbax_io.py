@@ -29,7 +29,11 @@ def async_checkpointer(before_commit: Callable[[], None]) -> Any:
             layout.META_ITEM: ocp.JsonCheckpointHandler(filename=layout.META_FILE),
         }
     )
-    options = ocp.options.AsyncOptions(post_finalization_callback=before_commit)
+    options = ocp.options.AsyncOptions(
+        post_finalization_callback=before_commit,
+        # Made in the background, a folder that cannot be made leaves threads that wait 300 s for it at exit.
+        create_directories_asynchronously=False,
+    )
     return ocp.AsyncCheckpointer(handler, async_options=options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -16,7 +17,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def _announce(name: str) -> None:
-    print(f"\n{name}: saving after this step, then exiting; once more exits at once", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone: that is often why we were signalled
+        print(f"\n{name}: saving after this step, then exiting; once more exits at once", file=sys.stderr, flush=True)
 
 
 class StopRequest:
@@ -81,6 +83,7 @@ class StopRequest:
             ) from error
         if reached and signal.SIGTERM not in self._previous:
             self._stop.set()  # agreed: from here on one more SIGTERM ends this process at once
+            self.signal_name = self.signal_name or signal.SIGTERM.name
             self._take_over(signal.SIGTERM)
         return reached
 
@@ -95,8 +98,8 @@ class StopRequest:
                 continue
             if self._stop.is_set():
                 os._exit(128 + number)
-            self._stop.set()
             self.signal_name = signal.Signals(number).name
+            self._stop.set()
             self._announce(self.signal_name)
             if self._distributed:
                 os.kill(os.getpid(), signal.SIGTERM)  # JAX's own handler tells the other processes
