@@ -57,6 +57,14 @@ def test_totals_are_those_of_the_arrays(model):
     assert sum(a.size for a in arrays) == parameter_count(model).total
 
 
+def square_attention(q_BTHK, k_BSGK, v_BSGK, **_):
+    """Stands in for the kernels, which skip some of what the mask hides: multiplies exactly the whole square."""
+    group = q_BTHK.shape[2] // k_BSGK.shape[2]
+    k_BSHK, v_BSHK = (jnp.repeat(x, group, axis=2) for x in (k_BSGK, v_BSGK))
+    scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK)
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores_BHTS), v_BSHK)
+
+
 def xla_training_flops(model, rows, seq_len):
     """What XLA counts in the gradient of the loss. Unrolled, because it counts a loop's body once; of the program as
     traced, because compiled CPU programs hide products in custom calls."""
@@ -71,10 +79,11 @@ def xla_training_flops(model, rows, seq_len):
 
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu, untied", "local/global"])
-def test_the_count_is_xlas_within_three_percent(name):
+def test_the_count_is_xlas_within_three_percent(name, monkeypatch):
+    monkeypatch.setattr("maxlm.model.attention.attention", square_attention)
     model, rows, seq_len = VARIANTS[name], 2, 256
     counted = xla_training_flops(model, rows, seq_len) / (rows * seq_len)
-    # Reference attention multiplies the whole square and masks it: add the pairs that our convention leaves out.
+    # The whole square is multiplied here: add the pairs that a causal mask and a window hide, which we do not count.
     repeats = model.num_layers // len(model.layer_pattern)
     hidden_pairs = repeats * sum(
         seq_len - mean_visible_keys(seq_len, model.sliding_window if kind == "local" else seq_len)
