@@ -11,7 +11,6 @@ from naive_attention import naive_attention, seen_BTS
 from maxlm.kernels.attention import gpu
 from maxlm.kernels.attention.cudnn_call import Call
 
-
 B, T, H, G, K = 2, 48, 4, 2, 8
 
 

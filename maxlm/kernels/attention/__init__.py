@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from maxlm.kernels.attention.choose import choose_attention
@@ -38,6 +39,9 @@ def attention(
     padding is finite and otherwise unspecified. scale defaults to K**-0.5. softcap 0 means none (arXiv:2408.00118).
     implementation: a name from `choose_attention`.
 
+    What a remat policy must save for the backward pass not to run the kernel again (the result, and the softmax
+    statistics of the fast paths) is named "attention" in here; naming the result once more would save it twice.
+
     Under a mesh of explicit axes every device attends to the rows and heads it holds, in a `shard_map` over the
     sharding of q (batch and heads may be sharded, T and K may not). Raises ValueError where k, v or the segment
     ids are laid out differently.
@@ -59,9 +63,10 @@ def attention(
 
 def _local(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, *, window, softcap, implementation, scale):
     if implementation == "reference":
-        return reference_attention(
+        out_BTHK = reference_attention(
             q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window=window, softcap=softcap, scale=scale
         )
+        return checkpoint_name(out_BTHK, "attention")
     if implementation == "cudnn":
         from maxlm.kernels.attention.gpu import cudnn_attention
 

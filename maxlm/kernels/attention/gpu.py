@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.attention.cudnn_call import Call, ragged
 
@@ -45,6 +46,8 @@ def _forward(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window, scale, segments):
         return Call(scale, window, biased=True).forward(q_BTHK, k_BSGK, v_BSGK, documents.bias(q_BTHK.dtype))
 
     out_BTHK, stats_BHT = jax.lax.switch(documents.kind, (plain, packed, masked))
+    # Named in here, because a remat policy that saves the result alone would run the call again for its statistics.
+    out_BTHK, stats_BHT = checkpoint_name(out_BTHK, "attention"), checkpoint_name(stats_BHT, "attention")
     return out_BTHK, (q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, out_BTHK, stats_BHT)
 
 
