@@ -108,10 +108,9 @@ def _normal(kind: str) -> str:
     return kind.removeprefix("nvidia")  # drivers before 2021 leave the vendor out
 
 
-def compiler_options(platform: str, num_devices: int = 1) -> dict[str, bool]:
+def compiler_options(platform: str) -> dict[str, bool]:
     """XLA options for `jax.jit(..., compiler_options=...)` on 'tpu', 'gpu' ('cuda') or 'cpu'.
 
-    num_devices: devices of the mesh. An option that only concerns collectives is left out for one device.
     GPU: autotuning XLA's Triton GEMMs costs 12-131 s of compilation an FP8 product, and cuBLASLt ran faster
     (measured on an H100, docs/LOG.md). The latency-hiding scheduler overlaps collectives with computation.
     TPU: asynchronous all-gathers are libtpu's default from v5e on, and on v4 with this option (read from the HLO of
@@ -120,6 +119,6 @@ def compiler_options(platform: str, num_devices: int = 1) -> dict[str, bool]:
     """
     if platform in ("gpu", "cuda"):
         return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_latency_hiding_scheduler": True}
-    if platform == "tpu" and num_devices > 1:
+    if platform == "tpu":
         return {"xla_enable_async_all_gather": True}
     return {}
