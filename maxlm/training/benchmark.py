@@ -40,7 +40,7 @@ def measure(config: RunConfig, *, steps: int = 20, warmup: int = 3, documents: i
         compile_seconds = time.perf_counter() - clock
         state = init_state(config, mesh)
         rows = local_rows(mesh, config.train.global_batch_size)
-        batches = [to_device(_batch(config, seed, documents, rows), mesh) for seed in range(2)]
+        batches = [to_device(synthetic_batch(config, seed, documents, rows), mesh) for seed in range(2)]
         seconds, losses = [], []
         for index in range(warmup + steps):
             clock = time.perf_counter()
@@ -50,7 +50,8 @@ def measure(config: RunConfig, *, steps: int = 20, warmup: int = 3, documents: i
     return _record(config, mesh, step, seconds[warmup:], losses, compile_seconds, documents)
 
 
-def _batch(config: RunConfig, seed: int, documents: int, rows: range) -> dict[str, np.ndarray]:
+def synthetic_batch(config: RunConfig, seed: int, documents: int, rows: range) -> dict[str, np.ndarray]:
+    """Random tokens in `documents` equal documents a row: this process's `rows` of a global batch, int32 [rows, T]."""
     shape = (config.train.global_batch_size, config.train.seq_len)
     tokens = np.random.default_rng(seed).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
     starts = np.arange(shape[1]) * documents // shape[1]
