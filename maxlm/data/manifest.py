@@ -45,6 +45,18 @@ class Split:
 
 
 @dataclass(frozen=True)
+class HeldoutSplit(Split):
+    """The held-out part, and what gzip -9 and xz -9 reach on its documents joined in order, in bits per byte.
+
+    compressed_bytes: how much of that text they were given (at most 64 MiB). None where there is no held-out text.
+    """
+
+    compressed_bytes: int
+    gzip9_bits_per_byte: float | None
+    xz9_bits_per_byte: float | None
+
+
+@dataclass(frozen=True)
 class TokenizerInfo:
     """`sha256` is of what determines the ids. The file is `tokenizer.json` in the folder, none for 'bytes'."""
 
@@ -66,18 +78,6 @@ class SourceInfo:
 
 
 @dataclass(frozen=True)
-class Compression:
-    """What gzip -9 and xz -9 reach on the held-out documents joined in order, in bits per byte.
-
-    compared_bytes: how much of that text was compressed (at most 64 MiB). None where there is no held-out text.
-    """
-
-    compared_bytes: int
-    gzip9_bits_per_byte: float | None
-    xz9_bits_per_byte: float | None
-
-
-@dataclass(frozen=True)
 class Manifest:
     """See the field classes. `request` is the command's arguments, `inputs_fingerprint` the files' sizes and times.
 
@@ -90,8 +90,7 @@ class Manifest:
     eot_id: int
     tokenizer: TokenizerInfo
     train: Split
-    heldout: Split
-    heldout_compression: Compression
+    heldout: HeldoutSplit
     sources: tuple[SourceInfo, ...]
     skipped: dict[str, int]
     duplicates: int
@@ -101,6 +100,21 @@ class Manifest:
     @property
     def row_format(self) -> RowFormat:
         return RowFormat(self.seq_len, self.tokenizer.vocab_size, self.eot_id)
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        lines = [
+            f"{name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens in {split.rows:,} "
+            f"rows of {self.seq_len:,} ({split.padding_fraction:.2%} padding)"
+            for name, split in (("train", self.train), ("heldout", self.heldout))
+        ]
+        if self.heldout.gzip9_bits_per_byte is not None:
+            lines.append(f"held-out text: gzip -9 {self.heldout.gzip9_bits_per_byte:.3f} bits a byte, "
+                         f"xz -9 {self.heldout.xz9_bits_per_byte:.3f}")
+        skipped = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items()) or "none"
+        lines.append(f"left out: {self.duplicates:,} exact duplicates; unusable: {skipped}")
+        lines.append(f"tokenizer {self.tokenizer.name}, {self.tokenizer.vocab_size:,} ids; digest {self.digest}")
+        return "\n".join(lines)
 
 
 def content_digest(seq_len: int, eot_id: int, tokenizer: TokenizerInfo, train: Split, heldout: Split) -> str:
@@ -131,7 +145,7 @@ def write_atomically(path: str, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def read_manifest(folder: str) -> Manifest:
+def load_manifest(folder: str) -> Manifest:
     """Raises ConfigError when `folder` is not a complete prepared folder or its manifest was altered."""
     path = os.path.join(folder, MANIFEST)
     again = "delete the folder and run `maxlm data prepare` again"
@@ -152,9 +166,8 @@ def read_manifest(folder: str) -> Manifest:
             **{
                 **values,
                 "tokenizer": TokenizerInfo(**values["tokenizer"]),
-                "train": _split(values["train"]),
-                "heldout": _split(values["heldout"]),
-                "heldout_compression": Compression(**values["heldout_compression"]),
+                "train": _split(Split, values["train"]),
+                "heldout": _split(HeldoutSplit, values["heldout"]),
                 "sources": tuple(SourceInfo(**source) for source in values["sources"]),
             }
         )
@@ -167,8 +180,8 @@ def read_manifest(folder: str) -> Manifest:
     return manifest
 
 
-def _split(values: dict[str, Any]) -> Split:
-    return Split(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
+def _split(kind: type[Split], values: dict[str, Any]) -> Any:
+    return kind(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
 
 
 def check_shards(folder: str, manifest: Manifest, *, verify: bool = False) -> None:

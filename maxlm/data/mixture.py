@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from maxlm.config import DatasetConfig
-from maxlm.data.manifest import TOKENIZER, Manifest, Split, check_shards, read_manifest
+from maxlm.data.manifest import TOKENIZER, Manifest, Split, check_shards, load_manifest
 from maxlm.schema import require
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def open_datasets(configs: Sequence[DatasetConfig], *, seq_len: int, verify: boo
     require(bool(configs), "no data: set data.path, data.source or data.mixture")
     datasets = []
     for config in configs:
-        manifest = read_manifest(config.path)
+        manifest = load_manifest(config.path)
         check_shards(config.path, manifest, verify=verify)
         require(manifest.seq_len == seq_len, f"train.seq_len={seq_len} but {config.path} was prepared with --seq-len "
                 f"{manifest.seq_len}: set train.seq_len={manifest.seq_len} or prepare the data again")
@@ -51,7 +51,8 @@ def open_datasets(configs: Sequence[DatasetConfig], *, seq_len: int, verify: boo
     first = datasets[0]
     for other in datasets[1:]:
         require(
-            other.manifest.tokenizer.sha256 == first.manifest.tokenizer.sha256,
+            (other.manifest.tokenizer.sha256, other.manifest.eot_id)
+            == (first.manifest.tokenizer.sha256, first.manifest.eot_id),
             f"data.mixture: {first.folder} and {other.folder} have different tokenizers "
             f"({first.manifest.tokenizer.name}, {other.manifest.tokenizer.name}): prepare the second with --tokenizer "
             f"{os.path.join(first.folder, TOKENIZER)}",

@@ -25,21 +25,21 @@ from maxlm.data.manifest import (
     MANIFEST,
     TOKENIZER,
     VERSION,
-    Compression,
+    HeldoutSplit,
     Manifest,
-    Shard,
     SourceInfo,
     Split,
     TokenizerInfo,
     check_shards,
     content_digest,
-    read_manifest,
+    load_manifest,
     write_atomically,
     write_manifest,
 )
 from maxlm.data.progress import Progress
 from maxlm.data.sources import NAMED_SOURCES, Corpus, discover
 from maxlm.data.tasks import (
+    METHODS,
     SPLITS,
     CompressTask,
     Encoded,
@@ -64,9 +64,9 @@ _MIN_SHARD_TOKENS, _MAX_SHARD_TOKENS = 1 << 22, 1 << 26
 
 
 def prepare(
-    inputs: Sequence[str],
+    inputs: Sequence[str | os.PathLike[str]],
     *,
-    out: str,
+    out: str | os.PathLike[str],
     tokenizer: str,
     seq_len: int,
     source: str | None = None,
@@ -83,6 +83,7 @@ def prepare(
     processes (all cores). shard_rows: rows a shard, about. A complete folder from the same command returns at once.
     Raises ConfigError for inputs that cannot be used and for a folder that holds other data.
     """
+    inputs, out = [os.fspath(path) for path in inputs], os.fspath(out)
     require(seq_len >= 1, f"--seq-len {seq_len} must be 1 or more")
     require(0 < heldout_fraction < 1, f"--heldout-fraction {heldout_fraction} must be between 0 and 1")
     require(workers is None or workers >= 1, f"--workers {workers} must be 1 or more")
@@ -99,23 +100,25 @@ def prepare(
             shutil.rmtree(os.path.join(out, _WORK))
             return manifest
     except OSError as error:
-        raise ConfigError(f"cannot prepare into {out}: {error.filename or ''} {error.strerror or error}") from None
+        where = f"{error.filename}: " if error.filename else ""
+        raise ConfigError(f"cannot prepare into {out}: {where}{error.strerror or error}") from None
 
 
-def ensure_source(data: DataConfig, seq_len: int, out_dir: str) -> str:
+def ensure_source(data: DataConfig, seq_len: int, out_dir: str | os.PathLike[str]) -> str:
     """`out_dir`, prepared from `data.source` (a named source, or a path to text) unless it already is.
 
     A complete folder is used as it is, even if the source changed since: a run goes on with the data it began with.
     One process a job should call it. Raises ConfigError when the folder holds data prepared with other settings.
     """
     assert data.source is not None
+    out_dir = os.fspath(out_dir)
     named = data.source in NAMED_SOURCES
     require(named or os.path.exists(data.source), f"data.source={data.source!r} is not one of "
             f"{', '.join(NAMED_SOURCES)} and not a path that exists")
     inputs, source = ([], data.source) if named else ([data.source], None)
     if os.path.exists(os.path.join(out_dir, MANIFEST)):
         request = _request(inputs, source, data.tokenizer, seq_len, data.heldout_fraction, "text", None)
-        _check_same_request(out_dir, read_manifest(out_dir).request, request)
+        _check_same_request(out_dir, load_manifest(out_dir).request, request)
         return out_dir
     prepare(inputs, source=source, out=out_dir, tokenizer=data.tokenizer, seq_len=seq_len,
             heldout_fraction=data.heldout_fraction)
@@ -158,7 +161,7 @@ def _check_same_request(out: str, held: dict[str, Any], asked: dict[str, Any]) -
 
 
 def _already_complete(out: str, request: dict[str, Any], corpus: Corpus) -> Manifest:
-    manifest = read_manifest(out)
+    manifest = load_manifest(out)
     _check_same_request(out, manifest.request, request)
     require(manifest.inputs_fingerprint == corpus.fingerprint, f"{out} was prepared from the same inputs, but files in "
             "them were added, removed or changed since: give another folder, or delete it")
@@ -205,7 +208,8 @@ class _Preparation:
                 f"{', '.join(s.name for s in self._corpus.sources)}: {_skipped_words(scanned)}")
         tokenizer, spec = self._tokenizer(scanned, selection)
         tasks, encoded = self._encode(scanned, selection, spec, tokenizer.sha256)
-        manifest = self._pack(scanned, selection, tokenizer, spec, tasks, encoded)
+        train, heldout = self._pack(tasks, encoded, spec)
+        manifest = self._manifest(scanned, selection, tokenizer, train, heldout)
         check_shards(self._out, manifest)
         write_manifest(self._out, manifest)
         return manifest
@@ -238,8 +242,7 @@ class _Preparation:
             self._progress.phase(f"Train a BPE of {size:,}", 1)
             texts = _training_sample(scanned, selection)
             tokenizer = train_bpe(texts, size)
-        tokenizer.save(path + ".tmp")
-        os.replace(path + ".tmp", path)
+        tokenizer.save(path)
         return tokenizer, path
 
     def _encode(
@@ -253,34 +256,34 @@ class _Preparation:
         ]
         return tasks, self._run("Tokenize", encode, tasks)
 
-    def _pack(
-        self, scanned: list[Scanned], selection: _Selection, tokenizer: Tokenizer, spec: str, units: list[EncodeTask],
-        encoded: list[Encoded],
-    ) -> Manifest:
+    def _pack(self, units: list[EncodeTask], encoded: list[Encoded], spec: str) -> tuple[Split, HeldoutSplit]:
         packs = {split: self._pack_tasks(split, units, encoded, spec) for split in SPLITS}
         texts = tuple(unit.output("heldout", "text") for unit in units)
-        methods = ("gzip", "xz") if packs["heldout"] else ()
-        compressions = [CompressTask(method, texts, _COMPARED_BYTES) for method in methods]
+        compressions = [CompressTask(method, texts, _COMPARED_BYTES) for method in METHODS if packs["heldout"]]
         results = self._run("Pack", finish, [*compressions, *packs["train"], *packs["heldout"]])
-        compared = [results.pop(0) for _ in methods]
-        train, heldout = (
-            _split(split, encoded, results[low:high], self._request["seq_len"])
-            for split, low, high in (
-                ("train", 0, len(packs["train"])), ("heldout", len(packs["train"]), len(results))
-            )
+        compressed = [results.pop(0) for _ in compressions] or [(0, None)] * len(METHODS)
+        train, heldout = results[: len(packs["train"])], results[len(packs["train"]) :]
+        seq_len = self._request["seq_len"]
+        return Split(**_counts("train", encoded, train, seq_len)), HeldoutSplit(
+            **_counts("heldout", encoded, heldout, seq_len),
+            compressed_bytes=compressed[0][0],
+            gzip9_bits_per_byte=compressed[0][1],
+            xz9_bits_per_byte=compressed[1][1],
         )
-        eot_id = tokenizer.eot_id
+
+    def _manifest(
+        self, scanned: list[Scanned], selection: _Selection, tokenizer: Tokenizer, train: Split, heldout: HeldoutSplit
+    ) -> Manifest:
+        seq_len, eot_id = self._request["seq_len"], tokenizer.eot_id
         info = TokenizerInfo(tokenizer.name, tokenizer.vocab_size, tokenizer.sha256)
         return Manifest(
             version=VERSION,
-            digest=content_digest(self._request["seq_len"], eot_id, info, train, heldout),
-            seq_len=self._request["seq_len"],
+            digest=content_digest(seq_len, eot_id, info, train, heldout),
+            seq_len=seq_len,
             eot_id=eot_id,
             tokenizer=info,
             train=train,
             heldout=heldout,
-            heldout_compression=Compression(compared[0][0], compared[0][1], compared[1][1])
-            if compared else Compression(0, None, None),
             sources=tuple(self._source_infos(scanned, selection)),
             skipped=dict(sorted(sum((s.skipped for s in scanned), Counter()).items())),
             duplicates=selection.duplicates,
@@ -360,17 +363,17 @@ def _training_sample(scanned: list[Scanned], selection: _Selection) -> list[str]
     return pieces[::stride]
 
 
-def _split(split: str, encoded: list[Encoded], packed: list[Packed], seq_len: int) -> Split:
-    shards: tuple[Shard, ...] = tuple(p.shard for p in packed)
-    rows = sum(shard.rows for shard in shards)
-    return Split(
-        documents=sum(len(e.lengths[split]) for e in encoded),
-        tokens=sum(p.tokens for p in packed),
-        bytes=sum(e.bytes[split] for e in encoded),
-        rows=rows,
-        padding_fraction=1 - sum(p.used for p in packed) / (rows * (seq_len + 1)) if rows else 0.0,
-        shards=shards,
-    )
+def _counts(split: str, encoded: list[Encoded], packed: list[Packed], seq_len: int) -> dict[str, Any]:
+    """The fields of `Split`."""
+    rows = sum(p.shard.rows for p in packed)
+    return {
+        "documents": sum(len(e.lengths[split]) for e in encoded),
+        "tokens": sum(p.tokens for p in packed),
+        "bytes": sum(e.bytes[split] for e in encoded),
+        "rows": rows,
+        "padding_fraction": 1 - sum(p.used for p in packed) / (rows * (seq_len + 1)) if rows else 0.0,
+        "shards": tuple(p.shard for p in packed),
+    }
 
 
 def _skipped_words(scanned: list[Scanned]) -> str:

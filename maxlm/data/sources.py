@@ -151,6 +151,7 @@ def _units(files: Sequence[_File], total_bytes: int) -> Iterator[Unit]:
     """Units of about equal size, in the order of `files`; their cut depends on the files alone."""
     target = min(max(total_bytes // 1024, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
     plain: list[_File] = []
+    plain_bytes = 0
 
     def flush() -> Iterator[Unit]:
         if plain:
@@ -160,11 +161,13 @@ def _units(files: Sequence[_File], total_bytes: int) -> Iterator[Unit]:
 
     for f in files:
         kind = kind_of(f.path)
-        if kind != "files" or (plain and (plain[0].source != f.source or sum(p.size for p in plain) >= target)):
+        if kind != "files" or (plain and (plain[0].source != f.source or plain_bytes >= target)):
             yield from flush()
+            plain_bytes = 0
         entry = ((f.id, f.path),)
         if kind == "files":
             plain.append(f)
+            plain_bytes += f.size
         elif kind == "jsonl":
             for start in range(0, f.size, target):
                 yield Unit(kind, f.source, entry, start, min(start + target, f.size), f.explicit)

@@ -29,6 +29,7 @@ from maxlm.data.tokenizer import load_tokenizer
 from maxlm.schema import require
 
 SPLITS = ("train", "heldout")
+METHODS = ("gzip", "xz")
 KINDS = ("tokens", "bytes", "text")
 _SAMPLE_PIECE_BYTES = 8 << 10
 _ENCODE_BATCH_BYTES = 1 << 20
@@ -135,9 +136,9 @@ def _encode(task: EncodeTask) -> Encoded:
             for (split, data), (ids, widths) in zip(batch, encoded, strict=True):
                 require(int(widths.sum()) == len(data), f"tokenizer {task.tokenizer!r} loses text: "
                         f"{int(widths.sum())} of a document's {len(data)} bytes are in its tokens")
-                np.concatenate([eot, ids.astype(dtype), eot]).tofile(files[split, "tokens"])
+                files[split, "tokens"].write(np.concatenate([eot, ids.astype(dtype), eot]).tobytes())
                 if tokenizer.token_bytes is None:
-                    np.concatenate([none, widths.astype(np.uint16), none]).tofile(files[split, "bytes"])
+                    files[split, "bytes"].write(np.concatenate([none, widths.astype(np.uint16), none]).tobytes())
                 if split == "heldout":
                     files[split, "text"].write(data)
                 lengths[split].append(len(ids) + 2)
@@ -280,7 +281,7 @@ def _check_written(path: str, rows: int) -> None:
 
 @dataclass(frozen=True)
 class CompressTask:
-    """Bits per byte of the `files`' text joined, at most `cap` bytes, by `method` ('gzip' or 'xz') at level 9."""
+    """Bits per byte of the `files`' text joined, at most `cap` bytes, by `method` (one of METHODS) at level 9."""
 
     method: str
     files: tuple[str, ...]
@@ -289,7 +290,7 @@ class CompressTask:
 
 def compress(task: CompressTask) -> tuple[int, float]:
     """Bytes compressed, and bits per byte."""
-    text = b""
+    text = bytearray()
     for path in task.files:
         with open(path, "rb") as file:
             text += file.read(task.cap - len(text))

@@ -18,6 +18,7 @@ import numpy as np
 from maxlm.schema import ConfigError, require
 
 END_OF_TEXT = "<|endoftext|>"
+_CONFIG = "tokenizer_config.json"
 _KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
 
@@ -47,7 +48,7 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, path: str) -> None:
-        """Writes `tokenizer.json`; does nothing for 'bytes', which needs no file."""
+        """Writes `path`, and its end-of-text token into a tokenizer_config.json beside it. Nothing for 'bytes'."""
         ...
 
 
@@ -84,7 +85,8 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         found = [token for token in ((eot,) if eot else _KNOWN_END_TOKENS) if token in vocabulary]
         require(bool(found), f"tokenizer {name!r} has no end-of-text token: add one of {', '.join(_KNOWN_END_TOKENS)}")
-        self.eot_id = vocabulary[found[0]]
+        self._eot = found[0]
+        self.eot_id = vocabulary[self._eot]
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True  # a special token spelt out in the source text is text
@@ -107,8 +109,12 @@ class HuggingFaceTokenizer:
         return self._inner.decode([int(i) for i in ids if i != self.eot_id], skip_special_tokens=False)
 
     def save(self, path: str) -> None:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self._inner.to_str())
+        config = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._eot}, indent=1)
+        beside = os.path.join(os.path.dirname(path), _CONFIG)
+        for name, text in ((beside, config), (path, self._inner.to_str())):
+            with open(f"{name}.tmp", "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(f"{name}.tmp", name)
 
 
 def _byte_level_table(spec: dict[str, Any], vocabulary: dict[str, int], vocab_size: int) -> np.ndarray | None:
@@ -190,7 +196,7 @@ def load_tokenizer(spec_or_path: str, name: str | None = None) -> Tokenizer:
     require(bpe_size(spec_or_path) is None, f"tokenizer {spec_or_path!r} is trained by `maxlm data prepare`: "
             "load the tokenizer.json in the prepared folder")
     path = os.path.join(spec_or_path, "tokenizer.json") if os.path.isdir(spec_or_path) else spec_or_path
-    require(os.path.isfile(path), f"tokenizer {spec_or_path!r} is not 'bytes', 'bpe:SIZE' or an existing tokenizer.json")
+    require(os.path.isfile(path), f"tokenizer {spec_or_path!r} is not 'bytes', 'bpe:SIZE' or a tokenizer.json")
     from tokenizers import Tokenizer as Inner
 
     try:
@@ -201,7 +207,7 @@ def load_tokenizer(spec_or_path: str, name: str | None = None) -> Tokenizer:
 
 
 def _configured_end_token(path: str) -> str | None:
-    beside = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+    beside = os.path.join(os.path.dirname(path), _CONFIG)
     if not os.path.isfile(beside):
         return None
     try:

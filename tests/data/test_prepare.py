@@ -1,6 +1,8 @@
 """`prepare`: the split, duplicates, exact counts, restart after kill -9, and refusals."""
 
+import gzip
 import hashlib
+import lzma
 import math
 import os
 import signal
@@ -15,7 +17,7 @@ from data_corpus import document, prepare_quietly, word_tokenizer, write_folder
 from maxlm.config import DataConfig, DatasetConfig
 from maxlm.data import sources, tasks
 from maxlm.data.loader import HeldoutData, TrainingData
-from maxlm.data.manifest import read_manifest
+from maxlm.data.manifest import load_manifest
 from maxlm.data.prepare import ensure_source
 from maxlm.data.tokenizer import load_tokenizer
 from maxlm.data.workers import WorkerError, run_tasks
@@ -47,8 +49,11 @@ def test_text_comes_back_whole_and_split_by_its_hash(tmp_path, spec):
     assert heldout == sorted(held) and train == sorted(set(texts) - held)
     assert manifest.train.bytes == sum(len(t.encode()) for t in train)
     assert manifest.heldout.documents == len(held)
-    assert manifest.heldout_compression.compared_bytes == manifest.heldout.bytes
-    assert 0 < manifest.heldout_compression.xz9_bits_per_byte < 8 * 2
+    joined = "".join(sorted(held, key=texts.index)).encode()
+    assert manifest.heldout.compressed_bytes == manifest.heldout.bytes == len(joined)
+    assert manifest.heldout.gzip9_bits_per_byte == 8 * len(gzip.compress(joined, 9)) / len(joined)
+    assert manifest.heldout.xz9_bits_per_byte == 8 * len(lzma.compress(joined, preset=9)) / len(joined)
+    assert f"{len(held)} documents" in manifest.summary()
 
 
 def test_split_is_stable_when_files_are_added(tmp_path):
@@ -102,7 +107,7 @@ def test_complete_folder_returns_at_once(tmp_path, monkeypatch):
     write_folder(tmp_path / "text", 20)
     first = prepare_quietly([tmp_path / "text"], tmp_path / "out")
     monkeypatch.setattr(tasks, "read_documents", None)
-    assert prepare_quietly([tmp_path / "text"], tmp_path / "out") == first == read_manifest(str(tmp_path / "out"))
+    assert prepare_quietly([tmp_path / "text"], tmp_path / "out") == first == load_manifest(str(tmp_path / "out"))
     assert not (tmp_path / "out" / ".work").exists()
 
 
@@ -161,7 +166,7 @@ def test_killed_run_continues_to_the_same_bytes(tmp_path, monkeypatch, small_uni
     out = tmp_path / "out"
     killed_run(phase, survived, tmp_path / "text", out)
     with pytest.raises(ConfigError, match="run `maxlm data prepare"):
-        read_manifest(str(out))
+        load_manifest(str(out))
     with pytest.raises(ConfigError, match="asked"):
         prepare_quietly([tmp_path / "text"], out, seq_len=32)
     ran.clear()
@@ -217,9 +222,9 @@ def test_ensure_source_prepares_once(tmp_path):
     write_folder(tmp_path / "text", 20)
     data = DataConfig(source=str(tmp_path / "text"), heldout_fraction=0.2)
     path = ensure_source(data, 64, str(tmp_path / "out"))
-    first = read_manifest(path)
+    first = load_manifest(path)
     write_folder(tmp_path / "text", 5, first=20)  # a run goes on with the data it began with
-    assert ensure_source(data, 64, str(tmp_path / "out")) == path and read_manifest(path) == first
+    assert ensure_source(data, 64, str(tmp_path / "out")) == path and load_manifest(path) == first
     with pytest.raises(ConfigError, match="seq_len"):
         ensure_source(data, 128, str(tmp_path / "out"))
     with pytest.raises(ConfigError, match=r"data\.source"):
@@ -244,4 +249,4 @@ def test_no_part_of_preparing_imports_jax(tmp_path):
             "tokenizer='bpe:300', seq_len=16); assert not {'jax', 'grain', 'flax'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "text"), str(tmp_path / "out")], cwd=root,
                    env=os.environ | {"PYTHONPATH": str(root)}, check=True, capture_output=True)
-    assert np.isfinite(read_manifest(str(tmp_path / "out")).train.tokens)
+    assert np.isfinite(load_manifest(str(tmp_path / "out")).train.tokens)

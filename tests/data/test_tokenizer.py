@@ -53,11 +53,18 @@ def test_offsets_count_bytes_where_the_tokenizer_is_not_byte_level():
 
 
 def test_end_token_comes_from_the_config_beside(tmp_path):
+    inner = word_tokenizer("<stop>")
+    inner.add_special_tokens(["</s>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).eot_id == 4
     word_tokenizer("<stop>").save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match="no end-of-text token"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<stop>"}}))
     assert load_tokenizer(str(tmp_path)).eot_id == 3
+    (tmp_path / "saved").mkdir()
+    HuggingFaceTokenizer(inner, "two ends", "<stop>").save(str(tmp_path / "saved" / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path / "saved")).eot_id == 3
 
 
 @pytest.mark.parametrize("spec", ["bpe:12", "bpe:x", "nowhere.json", "bpe:512"])
