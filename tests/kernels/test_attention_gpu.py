@@ -1,6 +1,7 @@
 """The GPU path's bookkeeping, on the CPU: cuDNN's calls are replaced by what they are documented to compute."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from naive_attention import naive_attention, seen_BTS
 
-from maxlm.kernels.attention import gpu
+from maxlm.kernels.attention import attention, gpu
 from maxlm.kernels.attention.cudnn_call import Call
 
 B, T, H, G, K = 2, 48, 4, 2, 8
@@ -112,3 +113,17 @@ def test_the_calls_lower_for_cuda_without_a_gpu():
     assert json.loads(json.dumps(config)) == config
     assert (config["mask_type"], config["max_seg_per_batch"]) == ("PADDING_CAUSAL", 4)
     assert config["sliding_window_length"] == 32
+
+
+@pytest.mark.parametrize(("names", "runs"), [(("attention",), 1), ((), 2)], ids=["saved by name", "nothing saved"])
+def test_a_remat_policy_that_saves_attention_does_not_run_it_again(names, runs):
+    q, k = (jax.ShapeDtypeStruct((B, 128, heads, 64), jnp.bfloat16) for heads in (H, G))
+    segments = jax.ShapeDtypeStruct((B, 128), jnp.int32)
+
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*names))
+    def layer(q, k, v, segments):
+        out = attention(q, k, v, segment_ids_BT=segments, window=None, softcap=0.0, implementation="cudnn")
+        return (2 * out.astype(jnp.float32)).sum()
+
+    text = jax.jit(jax.grad(layer)).trace(q, k, k, segments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == runs
