@@ -125,5 +125,5 @@ def test_a_remat_policy_that_saves_attention_does_not_run_it_again(names, runs):
         out = attention(q, k, v, segment_ids_BT=segments, window=None, softcap=0.0, implementation="cudnn")
         return (2 * out.astype(jnp.float32)).sum()
 
-    text = jax.jit(jax.grad(layer)).trace(q, k, k, segments).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(jax.value_and_grad(layer)).trace(q, k, k, segments).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == runs
