@@ -58,9 +58,9 @@ class SelfAttention(nnx.Module):
         dims = ("batch", None, "kv_heads", None, None)
         qkv_BTGRK = einsum("BTD,DGRK->BTGRK", x_BTD, use(self.qkv, self.dtype), dims)
         kv_heads, head = qkv_BTGRK.shape[2], qkv_BTGRK.shape[4]
-        q_BTHK = qkv_BTGRK[:, :, :, :group].reshape(batch, length, kv_heads * group, head)
-        q_BTHK = constrain(q_BTHK, ("batch", None, "heads", None))
-        k_BTGK, v_BTGK = qkv_BTGRK[:, :, :, group], qkv_BTGRK[:, :, :, group + 1]
+        q_BTGRK, k_BTG1K, v_BTG1K = jnp.split(qkv_BTGRK, [group, group + 1], axis=3)
+        q_BTHK = constrain(q_BTGRK.reshape(batch, length, kv_heads * group, head), ("batch", None, "heads", None))
+        k_BTGK, v_BTGK = jnp.squeeze(k_BTG1K, axis=3), jnp.squeeze(v_BTG1K, axis=3)
         if self.q_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         return rotate(q_BTHK, turn), rotate(k_BTGK, turn), v_BTGK

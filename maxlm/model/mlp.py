@@ -32,7 +32,7 @@ class MLP(nnx.Module):
         h_BTPF = einsum("BTD,DPF->BTPF", x_BTD, use(self.up, self.dtype), ("batch", None, None, "mlp"))
         h_BTPF = checkpoint_name(h_BTPF, "mlp_up")
         activate = ACTIVATIONS[self.activation]
-        h_BTF = activate(h_BTPF[:, :, 0])
-        if h_BTPF.shape[2] == 2:
-            h_BTF = h_BTF * h_BTPF[:, :, 1]
+        parts = jnp.split(h_BTPF, h_BTPF.shape[2], axis=2)  # split's gradient is one concatenation, indexing's is not
+        h_BTPF = activate(parts[0]) if len(parts) == 1 else activate(parts[0]) * parts[1]
+        h_BTF = jnp.squeeze(h_BTPF, axis=2)
         return einsum("BTF,FD->BTD", h_BTF, use(self.down, self.dtype), ("batch", None, None))

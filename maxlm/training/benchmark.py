@@ -76,7 +76,7 @@ def _record(config, mesh, step, seconds, losses, compile_seconds, documents) -> 
     memory = step.memory_analysis()
     kernel, _ = choose_attention(
         config.compute.attention, platform=device.platform, head_dim=config.model.head_dim, seq_len=train.seq_len,
-        softcap=config.model.attention_softcap, compute_dtype=DTYPES[config.precision.recipe],
+        softcap=config.model.attention_softcap, compute_dtype=DTYPES[config.precision.recipe].name,
     )
     return {
         "benchmark": "train_step",

@@ -40,7 +40,7 @@ def make_evaluator(config: RunConfig, mesh: Mesh) -> Callable[[Transformer, Any,
     """A function (params, held-out data, this process's rows) -> Evaluation over `eval.num_batches` batches (0: all).
     Batches are dispatched without waiting for one another. `mesh` must be installed."""
     objective = functools.partial(summed_loss, z_loss=0.0, chunks=config.compute.loss_chunks)
-    options = compiler_options(mesh.devices.flat[0].platform, mesh.size)
+    options = compiler_options(mesh.devices.flat[0].platform)
 
     @functools.partial(jax.jit, compiler_options=options)
     def sums(params: Transformer, batch: Batch, bytes_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

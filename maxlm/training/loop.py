@@ -111,7 +111,7 @@ class _Run:
         _, reason = choose_attention(
             config.compute.attention, platform=device.platform, head_dim=config.model.head_dim,
             seq_len=config.train.seq_len, softcap=config.model.attention_softcap,
-            compute_dtype=DTYPES[config.precision.recipe],
+            compute_dtype=DTYPES[config.precision.recipe].name,
         )
         if reason:
             say(reason)

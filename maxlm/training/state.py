@@ -16,7 +16,7 @@ from maxlm.model import Transformer, make_transformer
 from maxlm.parallel.sharding import stored
 from maxlm.training.optimizer import make_optimizer
 
-DTYPES = {"float32": jnp.float32, "bf16": jnp.bfloat16}
+DTYPES = {"float32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +34,7 @@ def build_model(config: RunConfig, key: jax.Array, platform: str) -> Transformer
     dtype = DTYPES[config.precision.recipe]
     kernel, _ = choose_attention(
         config.compute.attention, platform=platform, head_dim=config.model.head_dim, seq_len=config.train.seq_len,
-        softcap=config.model.attention_softcap, compute_dtype=dtype,
+        softcap=config.model.attention_softcap, compute_dtype=dtype.name,
     )
     return make_transformer(
         config.model, key, kernel=kernel, dtype=dtype, remat=config.remat.policy, unroll=config.compute.layer_unroll
