@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.config import ModelConfig
 from maxlm.kernels.attention import attention
@@ -50,7 +49,7 @@ class SelfAttention(nnx.Module):
             q_BTHK, k_BTGK, v_BTGK, segment_ids_BT=segment_ids_BT, window=self.window, softcap=self.softcap,
             implementation=self.kernel,
         )
-        return self.merge(checkpoint_name(out_BTHK, "attention"))
+        return self.merge(out_BTHK)
 
     def project(self, x_BTD: jax.Array, turn: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, H, K] and keys [B, T, G, K], and values [B, T, G, K]."""

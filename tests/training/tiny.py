@@ -1,0 +1,71 @@
+"""A tiny model, its batches, and a few training steps, for the tests of this folder."""
+
+from __future__ import annotations
+
+import numpy as np
+import jax
+
+from maxlm.config import RunConfig
+from maxlm.parallel.mesh import make_mesh
+from maxlm.parallel.sharding import batch_sharding
+from maxlm.schema import from_dict
+from maxlm.training.state import init_state
+from maxlm.training.step import compile_step
+
+VOCAB, ROWS, LENGTH = 96, 16, 16
+
+DEFAULTS = {
+    "model": dict(num_layers=4, hidden_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, vocab_size=VOCAB,
+                  qk_norm=True, layer_pattern=["local", "global"], sliding_window=7, logit_softcap=20.0),
+    "train": dict(num_steps=20, global_batch_size=ROWS, seq_len=LENGTH, z_loss=1e-3),
+    "optimizer": dict(learning_rate=1e-2),
+    "schedule": dict(warmup_steps=2),
+    "precision": dict(recipe="float32"),
+}
+
+
+def tiny_config(**sections: dict) -> RunConfig:
+    merged = {name: dict(fields) for name, fields in DEFAULTS.items()}
+    for name, fields in sections.items():
+        merged.setdefault(name, {}).update(fields)
+    return from_dict(RunConfig, merged)
+
+
+def host_batch(seed: int) -> dict[str, np.ndarray]:
+    """Two documents a row, and one row without any target, so that rows weigh differently."""
+    tokens = np.random.default_rng(seed).integers(0, VOCAB, (ROWS, LENGTH + 1))
+    cut = 9
+    targets = tokens[:, 1:].copy()
+    targets[:, cut - 1] = -1
+    targets[3] = -1
+    segments = np.broadcast_to(np.where(np.arange(LENGTH) < cut, 1, 2), (ROWS, LENGTH))
+    positions = np.broadcast_to(np.where(np.arange(LENGTH) < cut, np.arange(LENGTH), np.arange(LENGTH) - cut),
+                                (ROWS, LENGTH))
+    arrays = {"tokens": tokens[:, :-1], "targets": targets, "segment_ids": segments, "positions": positions}
+    return {name: np.ascontiguousarray(a, dtype=np.int32) for name, a in arrays.items()}
+
+
+def on(mesh, batch):
+    return {name: jax.device_put(a, batch_sharding(mesh)) for name, a in batch.items()}
+
+
+def leaves(tree) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def run_steps(config: RunConfig, devices: int, steps: int = 20):
+    """(initial parameters, losses, final parameters, last metrics) of a few steps on fake devices."""
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        state = init_state(config, mesh)
+        first = leaves(state.params)
+        step = compile_step(config, mesh)
+        losses = []
+        for index in range(steps):
+            state, metrics = step(state, on(mesh, host_batch(index)))
+            losses.append(float(metrics.loss))
+        return first, losses, leaves(state.params), metrics
+
+
+def furthest(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True))
