@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -123,12 +124,11 @@ def test_recipes_have_the_sizes_that_they_state(name, parameters):
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.startswith("llama3")], ids=lambda p: p.stem)
 def test_the_meshes_in_a_recipe_fit_its_model_and_batch(path):
     """Every `--set` line of a docstring is accepted, and divides the heads and the batch."""
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("    ")]
-    meshes = [words for words in lines if "--set" in words and "data.path=DATA" not in words]
-    assert meshes
-    for words in meshes:
-        config = apply_overrides(load_config(path), [w for before, w in zip(words, words[1:], strict=False)
-                                                     if before == "--set"])
+    said = path.read_text(encoding="utf-8").split('"""')[1]
+    lines = [re.findall(r"--set (\S+)", line) for line in said.splitlines() if "data.path" not in line]
+    assert any(lines)
+    for overrides in lines:
+        config = apply_overrides(load_config(path), overrides)
         rows = config.mesh.data * (1 if config.mesh.fsdp == "rest" else config.mesh.fsdp)
         assert config.train.global_batch_size % (rows * config.train.grad_accumulation) == 0
         assert config.model.num_kv_heads % config.mesh.tensor == 0
