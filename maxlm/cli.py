@@ -1,6 +1,7 @@
 """`maxlm VERB ...`: reads the command line, calls the code that does it, turns mistakes into one line.
 
-Exit codes: 0 done (or stopped on request and saved), 2 a user's mistake, 3 a run stopped for its own safety.
+Exit codes: 0 done (or stopped on request and saved), 2 a user's mistake, 3 a run stopped for its own safety,
+130 interrupted before there was anything to save.
 Each verb imports what it needs when it runs, so that `--help` and a misspelt key answer at once.
 """
 
@@ -17,7 +18,7 @@ from typing import NoReturn
 from maxlm import __version__
 from maxlm.schema import ConfigError
 
-USER_MISTAKE, UNSAFE = 2, 3
+USER_MISTAKE, UNSAFE, INTERRUPTED = 2, 3, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,12 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a path that the user named and the system refused
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}", USER_MISTAKE)
-    except RuntimeError as error:
-        if type(error).__name__ == "CheckpointError":
+    except RuntimeError as error:  # told apart by name, so that no verb imports what it does not use
+        kind = type(error).__name__
+        if kind == "CheckpointError":
             return _complain(error, USER_MISTAKE)
-        if type(error).__name__ == "RunStopped":
+        if kind == "RunStopped":
             return _complain(error, UNSAFE)
+        if kind == "WorkerError":  # of a traceback the last line says what happened
+            return _complain(str(error).strip().splitlines()[-1], USER_MISTAKE)
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return _complain(
+                "out of device memory (RESOURCE_EXHAUSTED): lower train.global_batch_size or raise "
+                "train.grad_accumulation, set remat.policy='full', or use more devices along mesh.fsdp", USER_MISTAKE,
+            )
         raise
+    except KeyboardInterrupt:
+        return _complain("interrupted; nothing is lost, the same command starts again", INTERRUPTED)
 
 
 def _complain(message: object, code: int) -> int:
@@ -177,6 +188,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     config = apply_overrides(load_config(arguments.config), arguments.overrides)
     if arguments.steps < 1 or arguments.warmup < 1:
         raise ConfigError("--steps and --warmup must be 1 or more")
+    if not 1 <= arguments.documents <= config.train.seq_len:
+        raise ConfigError(f"--documents={arguments.documents} must be from 1 to train.seq_len={config.train.seq_len}")
+    if arguments.json:
+        _check_writable(arguments.json)
     _start_jax()
     from maxlm.training.benchmark import measure, summary
 
@@ -188,6 +203,14 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Before minutes of work, that its result can be written to `path`."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"--json {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--json {path} cannot be written: choose another file")
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

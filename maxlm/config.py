@@ -178,6 +178,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "optimizer")
+        require(self.name != "muon", "optimizer.name='muon' is not built yet: use 'adamw'")
         _positive("optimizer", learning_rate=self.learning_rate, eps=self.eps,
                   muon_learning_rate=self.muon_learning_rate)
         _not_negative("optimizer", weight_decay=self.weight_decay, clip_norm=self.clip_norm)

@@ -21,7 +21,8 @@ from maxlm.training.loss import Batch, summed_loss, token_count
 
 
 class Evaluation(NamedTuple):
-    """Sums over held-out rows: negative log likelihood in nats, tokens predicted, bytes of text they stand for."""
+    """Sums over held-out rows: negative log likelihood in nats, tokens predicted, bytes of text they stand for.
+    Where there are no such rows, `loss` and `bits_per_byte` are NaN."""
 
     nats: float
     tokens: int
@@ -29,11 +30,11 @@ class Evaluation(NamedTuple):
 
     @property
     def loss(self) -> float:
-        return self.nats / max(self.tokens, 1)
+        return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / max(self.bytes, 1)
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
 
 def make_evaluator(config: RunConfig, mesh: Mesh) -> Callable[[Transformer, Any, range], Evaluation]:
@@ -54,8 +55,9 @@ def make_evaluator(config: RunConfig, mesh: Mesh) -> Callable[[Transformer, Any,
             batch = heldout.batch(index, rows)
             bytes_B = jax.make_array_from_process_local_data(rows_of, batch["bytes"])
             parts.append(sums(params, to_device(batch, mesh), bytes_B))
-        nats, tokens, text_bytes = zip(*jax.device_get(parts), strict=True)
-        return Evaluation(math.fsum(map(float, nats)), sum(map(int, tokens)), sum(map(int, text_bytes)))
+        sums_of_batches = jax.device_get(parts)
+        nats = math.fsum(float(nll) for nll, _, _ in sums_of_batches)
+        return Evaluation(nats, sum(int(n) for _, n, _ in sums_of_batches), sum(int(n) for _, _, n in sums_of_batches))
 
     return evaluate
 

@@ -6,6 +6,7 @@ The device always has the next step queued while the host reads the last one's m
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from maxlm.schema import ConfigError, from_dict, to_dict
 from maxlm.training.evaluate import Evaluation, local_rows, make_evaluator, to_device
 from maxlm.training.metrics import MetricsWriter, plot_loss
 from maxlm.training.progress import Progress
-from maxlm.training.saved_run import CHECKPOINTS, DATA, TOKENIZER
+from maxlm.training.saved_run import CHECKPOINTS, DATA, TOKENIZER, TOKENIZER_CONFIG
 from maxlm.training.state import DTYPES, TrainState, abstract_state, init_state
 from maxlm.training.step import StepMetrics, compile_step
 
@@ -64,7 +65,7 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
     """
     mesh = make_mesh(config.mesh, devices)
     check_divisible(mesh, config.model, config.train)
-    with RunLock(run_dir, process_index=jax.process_index()), jax.set_mesh(mesh), StopRequest() as stop:
+    with RunLock(run_dir, process_index=jax.process_index()), jax.set_mesh(mesh):
         say = _print if jax.process_index() == 0 else _nothing
         folders = datasets_of(config.data, config.train.seq_len, run_dir / DATA)
         sizes = {"seq_len": config.train.seq_len, "global_batch_size": config.train.global_batch_size}
@@ -73,7 +74,7 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
         _check_vocabulary(config, data)
         checkpoints = run_dir / CHECKPOINTS
         keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
-        with Checkpointer(checkpoints, **keep) as checkpointer:
+        with StopRequest() as stop, Checkpointer(checkpoints, **keep) as checkpointer:
             run = _Run(config, run_dir, mesh, data, heldout, checkpointer, say)
             return run.until_done(stop)
 
@@ -81,6 +82,11 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
 def resumed_config(checkpointer: Checkpointer, step: int, config: RunConfig, data_digest: str) -> dict[str, Any]:
     """The metadata of a checkpoint, once it is certain that `config` and the data continue the same training."""
     meta = checkpointer.restore_meta(step)
+    if step > config.train.num_steps:
+        raise ConfigError(
+            f"train.num_steps={config.train.num_steps} is below step {step}, which this run directory has reached: "
+            f"set it to {step} or more, or use another --run-dir"
+        )
     changed = training_difference(from_dict(RunConfig, meta["config"]), config)
     if changed:
         raise ConfigError(
@@ -108,44 +114,60 @@ class _Run:
         device = mesh.devices.flat[0]
         self.chip = chip_of(device.device_kind)
         self.flops_per_token = training_flops_per_token(config.model, config.train.seq_len)
-        _, reason = choose_attention(
+        kernel, reason = choose_attention(
             config.compute.attention, platform=device.platform, head_dim=config.model.head_dim,
             seq_len=config.train.seq_len, softcap=config.model.attention_softcap,
             compute_dtype=DTYPES[config.precision.recipe].name,
         )
-        if reason:
-            say(reason)
+        say(f"attention: {kernel}, {reason}")
 
     def until_done(self, stop: StopRequest) -> Outcome:
-        config = self.config
-        state, start, tokens = self._state()
-        self._record_config()
-        if start >= config.train.num_steps:
+        config, last = self.config, self.config.train.num_steps
+        state, start, tokens, owed = self._state()
+        if start == last and (self.run_dir / DONE_FILE).exists():
             self.say(f"{self.run_dir.name}: already trained to step {start}; raise train.num_steps to go on")
             return Outcome(start, tokens, False, None, state)
+        self._record_config()
+        self.tokens = tokens
+        self.evaluate = make_evaluator(config, self.mesh)
+        self.writer = MetricsWriter(self.run_dir, start, config.logging.tensorboard) if self.leader else None
+        try:
+            step_function = self._compiled(start) if start < last else None
+            with Progress(last, start) as self.progress:
+                evaluation = self._evaluate(start, state) if owed or start == last else None
+                if step_function is None:  # killed or stopped between the last save and the end
+                    return self._end(state, start, False, evaluation)
+                return self._steps(step_function, state, start, stop)
+        finally:
+            self._leave()
+
+    def _compiled(self, start: int) -> Any:
         clock = time.perf_counter()
-        step_function = compile_step(config, self.mesh)
+        step_function = compile_step(self.config, self.mesh)
         self.say(f"step compiled in {time.perf_counter() - clock:.1f} s; training from step {start} on "
                  f"{self.mesh.size} {self.mesh.devices.flat[0].device_kind} device(s)")
-        self.writer = MetricsWriter(self.run_dir, start, config.logging.tensorboard) if self.leader else None
-        self.evaluate = make_evaluator(config, self.mesh)
-        try:
-            with Progress(config.train.num_steps, start) as self.progress:
-                return self._steps(step_function, state, start, tokens, stop)
-        finally:
-            if self.writer:
-                self.writer.close()
-                plot_loss(self.run_dir)
+        return step_function
 
-    def _state(self) -> tuple[TrainState, int, int]:
-        """(state, its step, tokens seen): the newest checkpoint's, or fresh."""
+    def _leave(self) -> None:
+        """Closes the metrics and draws them, also when the run ends with an error; that error is not replaced."""
+        if not self.writer:
+            return
+        with contextlib.ExitStack() as errors:
+            if sys.exc_info()[0] is not None:
+                errors.enter_context(contextlib.suppress(OSError))
+            self.writer.close()
+            plot_loss(self.run_dir)
+
+    def _state(self) -> tuple[TrainState, int, int, bool]:
+        """(state, its step, tokens seen, whether that step still owes its evaluation): the newest checkpoint's, or
+        fresh."""
         newest = self.checkpointer.latest_step()
         if newest is None:
-            return init_state(self.config, self.mesh), 0, 0
+            return init_state(self.config, self.mesh), 0, 0, False
         meta = resumed_config(self.checkpointer, newest, self.config, self.data.digest)
         state = self.checkpointer.restore(newest, abstract_state(self.config, self.mesh))
         self.say(f"resumed from step {newest}")
-        return state, newest, meta["data"]["tokens"]
+        return state, newest, meta["data"]["tokens"], meta.get("evaluation_owed", False)
 
     def _record_config(self) -> None:
         if not self.leader:
@@ -155,11 +177,14 @@ class _Run:
         partial.write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
         os.replace(partial, self.run_dir / CONFIG_FILE)
         if self.data.tokenizer_path:  # so that the run directory can generate by itself
-            shutil.copyfile(self.data.tokenizer_path, self.run_dir / TOKENIZER)
+            folder = Path(self.data.tokenizer_path).parent
+            for name in (TOKENIZER, TOKENIZER_CONFIG):
+                if (folder / name).exists():
+                    shutil.copyfile(folder / name, self.run_dir / name)
 
-    def _steps(self, step_function: Any, state: TrainState, start: int, tokens: int, stop: StopRequest) -> Outcome:
+    def _steps(self, step_function: Any, state: TrainState, start: int, stop: StopRequest) -> Outcome:
         config, last = self.config, self.config.train.num_steps
-        self.tokens, self.mark, self.marked_step = tokens, time.perf_counter(), start
+        self.mark, self.marked_step = time.perf_counter(), start
         pending: StepMetrics | None = None
         evaluation, step = None, start
         data = config.data
@@ -180,17 +205,19 @@ class _Run:
                 if saving or evaluating:
                     self._finished(step, pending)
                     pending, paused = None, time.perf_counter()
-                    if saving:
-                        self._save(step, state)
+                    # Evaluated first, a saved step has all its rows in metrics.jsonl, whenever the run is killed.
+                    # One asked to stop has little time: it saves, and its next start evaluates.
                     if evaluating and not stopping:
                         evaluation = self._evaluate(step, state)
+                    if saving:
+                        self._save(step, state, evaluation_owed=bool(stopping and evaluating))
                     self.mark += time.perf_counter() - paused
                 if stopping or step == last:
                     break
         finally:
             batches.close()
             self._profile(None)
-        return self._end(state, step, stopping and step < last, evaluation)
+        return self._end(state, step, stopping, evaluation)
 
     def _end(self, state: TrainState, step: int, preempted: bool, evaluation: Evaluation | None) -> Outcome:
         self.checkpointer.wait()
@@ -206,10 +233,10 @@ class _Run:
         """Step `step` is done or about to be: takes in its metrics, and logs when it is time to."""
         loss, grad_norm, update_norm, rate, tokens = (float(value) for value in jax.device_get(metrics))
         self.tokens += int(tokens)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss + update_norm):
             newest = self.checkpointer.latest_step()
             raise RunStopped(
-                f"loss is {loss} at step {step}: stopped before saving it; "
+                f"loss is {loss} and update norm {update_norm} at step {step}: stopped before saving it; "
                 + (f"the last good checkpoint is step {newest}" if newest is not None else "no checkpoint was made yet")
                 + ". Lower optimizer.learning_rate or look at the batch of this step"
             )
@@ -234,15 +261,18 @@ class _Run:
 
     def _evaluate(self, step: int, state: TrainState) -> Evaluation:
         result = self.evaluate(state.params, self.heldout, self.rows)
-        if self.writer:
+        if not result.tokens:
+            self.say(f"step {step}: no held-out text to evaluate on")
+        elif self.writer and not self.writer.has_evaluation(step):
             self.writer.write({"step": step, "tokens": self.tokens, "eval_loss": result.loss,
                                "eval_bits_per_byte": result.bits_per_byte})
             self.progress.line(f"step {step}  held out: loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits a byte")
         return result
 
-    def _save(self, step: int, state: TrainState) -> None:
+    def _save(self, step: int, state: TrainState, *, evaluation_owed: bool) -> None:
         meta = {
             "step": step,
+            "evaluation_owed": evaluation_owed,
             "config": to_dict(self.config),
             "data": {"digest": self.data.digest, "step": step, "tokens": self.tokens},
             "versions": {"maxlm": __version__, "jax": jax.__version__},

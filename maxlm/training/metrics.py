@@ -20,6 +20,7 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, start_step: int, tensorboard: bool):
         self.path = run_dir / FILE
         rows = [row for row in read_rows(run_dir) if row["step"] <= start_step]
+        self._evaluated = {row["step"] for row in rows if "eval_loss" in row}
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(partial, self.path)
@@ -39,6 +40,10 @@ class MetricsWriter:
                 if isinstance(value, float) and name != "time":
                     group = "eval" if name.startswith("eval_") else "train"
                     self._board.add_scalar(f"{group}/{name}", value, row["step"])
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an earlier start of the run has written the evaluation of `step`."""
+        return step in self._evaluated
 
     def close(self) -> None:
         self._file.close()
@@ -83,5 +88,10 @@ def plot_loss(run_dir: Path) -> None:
     axes.grid(alpha=0.3)
     if train or held:
         axes.legend()
-    figure.savefig(run_dir / "loss.png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    partial = run_dir / "loss.png.partial"
+    try:
+        figure.savefig(partial, dpi=120, bbox_inches="tight", format="png")
+        os.replace(partial, run_dir / "loss.png")
+    finally:
+        plt.close(figure)
+        partial.unlink(missing_ok=True)

@@ -17,14 +17,23 @@ def finish(config: RunConfig, run_dir: Path, outcome: Outcome) -> None:
     """Prints the held-out result beside what general compressors reach on the same text; with
     `logging.sample_prompt`, prints a sample and writes it to RUN_DIR/sample.txt."""
     result = outcome.evaluation
-    print(f"\nheld-out text after {outcome.step} steps, {outcome.tokens:,} tokens: loss {result.loss:.4f} nats a token")
-    print(f"  {'this model':12} {result.bits_per_byte:.3f} bits a byte")
-    folders = datasets_of(config.data, config.train.seq_len, run_dir / DATA)
-    if len(folders) == 1 and config.eval.num_batches == 0:  # only then are they the same bytes
-        heldout = load_manifest(folders[0].path).heldout
-        for name, bits in (("gzip -9", heldout.gzip9_bits_per_byte), ("xz -9", heldout.xz9_bits_per_byte)):
-            print(f"  {name:12} {bits:.3f} bits a byte")
+    trained = f"after {outcome.step} steps, {outcome.tokens:,} tokens"
+    if result.tokens:
+        print(f"\nheld-out text {trained}: loss {result.loss:.4f} nats a token")
+        print(f"  {'this model':12} {result.bits_per_byte:.3f} bits a byte")
+        _print_compressors(config, run_dir)
+    else:
+        print(f"\n{trained}: no held-out result, because the prepared data holds out no text")
     if config.logging.sample_prompt:
         text = continue_text(outcome.state.params, run_dir, config.logging.sample_prompt, num_tokens=SAMPLE_TOKENS)
         (run_dir / SAMPLE_FILE).write_text(text + "\n")
         print(f"\nsample ({run_dir.name}/{SAMPLE_FILE}):\n{text}\n")
+
+
+def _print_compressors(config: RunConfig, run_dir: Path) -> None:
+    folders = datasets_of(config.data, config.train.seq_len, run_dir / DATA)
+    if len(folders) > 1 or config.eval.num_batches:  # then theirs are not the same bytes
+        return
+    heldout = load_manifest(folders[0].path).heldout
+    for name, bits in (("gzip -9", heldout.gzip9_bits_per_byte), ("xz -9", heldout.xz9_bits_per_byte)):
+        print(f"  {name:12} " + ("not available" if bits is None else f"{bits:.3f} bits a byte"))

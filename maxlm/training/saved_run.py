@@ -16,7 +16,7 @@ from maxlm.checkpoint.layout import require_step
 from maxlm.config import DatasetConfig, RunConfig
 from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData
-from maxlm.data.tokenizer import load_tokenizer
+from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.model import Transformer
 from maxlm.model.decode import sample
 from maxlm.parallel.mesh import check_divisible, make_mesh
@@ -25,6 +25,7 @@ from maxlm.training.evaluate import local_rows, make_evaluator
 from maxlm.training.state import abstract_state
 
 CHECKPOINTS, DATA, TOKENIZER = "checkpoints", "data", "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"  # names the end-of-text token of TOKENIZER
 
 
 def load_config_of(run_dir: Path, step: int | None) -> tuple[RunConfig, int]:
@@ -50,6 +51,7 @@ def evaluate(run_dir: Path, step: int | None, data: str | None, batches: int) ->
     folders = (DatasetConfig(data),) if data else datasets_of(config.data, config.train.seq_len, run_dir / DATA)
     size = config.train.global_batch_size
     heldout = HeldoutData(folders, seq_len=config.train.seq_len, global_batch_size=size)
+    _check_heldout(heldout, folders, run_dir)
     with jax.set_mesh(mesh):
         state = restore_state(run_dir / CHECKPOINTS, step, abstract_state(config, mesh))
         result = make_evaluator(config, mesh)(state.params, heldout, local_rows(mesh, size))
@@ -57,6 +59,23 @@ def evaluate(run_dir: Path, step: int | None, data: str | None, batches: int) ->
         "step": step, "loss": result.loss, "perplexity": math.exp(min(result.loss, 700.0)),
         "bits_per_byte": result.bits_per_byte, "tokens": result.tokens, "bytes": result.bytes,
     }
+
+
+def _check_heldout(heldout: HeldoutData, folders: tuple[DatasetConfig, ...], run_dir: Path) -> None:
+    where = ", ".join(folder.path for folder in folders)
+    if not heldout.rows:
+        raise ConfigError(f"{where}: no held-out text; give --data a folder prepared with a larger --heldout-fraction")
+    if heldout.datasets[0].manifest.tokenizer.sha256 != tokenizer_of(run_dir).sha256:
+        raise ConfigError(
+            f"{where}: prepared with another tokenizer than this run's; prepare it with --tokenizer "
+            + (str(run_dir / TOKENIZER) if (run_dir / TOKENIZER).exists() else "bytes")
+        )
+
+
+def tokenizer_of(run_dir: Path) -> Tokenizer:
+    """The tokenizer that the run directory keeps; bytes where it keeps none."""
+    saved = run_dir / TOKENIZER
+    return load_tokenizer(str(saved) if saved.exists() else "bytes")
 
 
 def generate(run_dir: Path, step: int | None, prompt: str, **options: Any) -> str:
@@ -78,8 +97,7 @@ def continue_text(params: Transformer, run_dir: Path, prompt: str, *, num_tokens
     ):
         if not fine:
             raise ConfigError(f"{name}={value} is out of range")
-    saved = run_dir / TOKENIZER
-    tokenizer = load_tokenizer(str(saved) if saved.exists() else "bytes")
+    tokenizer = tokenizer_of(run_dir)
     ids = [tokenizer.eot_id, *tokenizer.encode_batch([prompt])[0].tolist()]
     params = jax.tree.map(lambda a: jax.device_put(np.asarray(a), jax.devices()[0]), params)
     new = sample(params, jnp.asarray([ids], jnp.int32), jax.random.key(seed), num_tokens=num_tokens,
