@@ -161,8 +161,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`adamw` (Loshchilov & Hutter, arXiv:1711.05101), or `muon` (Jordan et al. 2024) on the layers' matrices
-    with AdamW on everything else. Weight decay is decoupled and skips norm scales."""
+    """`adamw` (Loshchilov & Hutter, arXiv:1711.05101), or `muon` (Jordan et al. 2024) on the layers' matrices with
+    AdamW on everything else. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982,
+    section 2.2), so one learning rate serves both. Weight decay is decoupled and skips norm gains."""
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-4
@@ -173,14 +174,11 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # global gradient norm; 0 means no clipping
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
     nu_dtype: Literal["float32", "bfloat16"] = "float32"
-    muon_learning_rate: float = 0.02
     muon_momentum: float = 0.95
 
     def __post_init__(self) -> None:
         check_types(self, "optimizer")
-        require(self.name != "muon", "optimizer.name='muon' is not built yet: use 'adamw'")
-        _positive("optimizer", learning_rate=self.learning_rate, eps=self.eps,
-                  muon_learning_rate=self.muon_learning_rate)
+        _positive("optimizer", learning_rate=self.learning_rate, eps=self.eps)
         _not_negative("optimizer", weight_decay=self.weight_decay, clip_norm=self.clip_norm)
         for name in ("b1", "b2", "muon_momentum"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")

@@ -126,8 +126,9 @@ def _chunk(x_BTD, targets_BT, *, w_VD, first, z_loss, softcap, gradients, over_v
     dscores = dlogits * (1.0 - jnp.square(logits / softcap)) if softcap else dlogits
     dscores = dscores.astype(x_BTD.dtype)
     dx_BTD = jax.lax.dot_general(dscores, w_VD, (((2,), (0,)), ((), ())), preferred_element_type=x_BTD.dtype)
-    dw_VD = jax.lax.dot_general(dscores, x_BTD, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
-    return CrossEntropy(loss, nll), dx_BTD, dw_VD
+    # x first: where a backend must transpose an operand, x is the small one.
+    dw_DV = jax.lax.dot_general(x_BTD, dscores, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+    return CrossEntropy(loss, nll), dx_BTD, dw_DV.T
 
 
 def num_chunks(batch: int, length: int, vocab: int) -> int:

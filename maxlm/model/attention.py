@@ -32,10 +32,14 @@ class SelfAttention(nnx.Module):
         self.group = config.num_heads // kv_heads
         # One matrix makes each group's queries, then its key and its value: query head h reads group h // R.
         self.qkv = matrix(
-            rngs, (width, kv_heads, self.group + 2, head), ("embed", "kv_heads", None, None), config.init_std
+            rngs, (width, kv_heads, self.group + 2, head), ("embed", "kv_heads", None, None), config.init_std,
+            contracted=(0,), produced=(1, 3),
         )
         depth_scaled = config.init_std / math.sqrt(2 * config.num_layers)  # GPT-2, section 2.3
-        self.out = matrix(rngs, (config.num_heads, head, width), ("heads", None, "embed"), depth_scaled)
+        self.out = matrix(
+            rngs, (config.num_heads, head, width), ("heads", None, "embed"), depth_scaled,
+            contracted=(0, 1), produced=(2,),
+        )
         self.q_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else None
         self.softcap = config.attention_softcap

@@ -22,9 +22,11 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, hidden = config.hidden_dim, config.mlp_dim
         parts = 1 if config.activation == "gelu" else 2
-        self.up = matrix(rngs, (width, parts, hidden), ("embed", None, "mlp"), config.init_std)
+        self.up = matrix(
+            rngs, (width, parts, hidden), ("embed", None, "mlp"), config.init_std, contracted=(0,), produced=(2,)
+        )
         depth_scaled = config.init_std / math.sqrt(2 * config.num_layers)  # GPT-2, section 2.3
-        self.down = matrix(rngs, (hidden, width), ("mlp", "embed"), depth_scaled)
+        self.down = matrix(rngs, (hidden, width), ("mlp", "embed"), depth_scaled, contracted=(0,), produced=(1,))
         self.activation = config.activation
         self.dtype = dtype
 

@@ -58,8 +58,7 @@ def stored(tree: Any, mesh: Mesh) -> Any:
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, nnx.Param):
-            ndim = jax.tree.leaves(leaf)[0].ndim
-            return jax.tree.map(lambda _: NamedSharding(mesh, spec(leaf.dims, STORAGE, ndim)), leaf)
+            return jax.tree.map(lambda a: NamedSharding(mesh, spec(leaf.dims, STORAGE, a.ndim)), leaf)
         return NamedSharding(mesh, P())
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))

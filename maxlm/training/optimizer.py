@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 
 from maxlm.config import OptimizerConfig, ScheduleConfig
+from maxlm.parallel.sharding import has_mesh
 from maxlm.training.schedule import make_schedule
 
 
 def make_optimizer(config: OptimizerConfig, schedule: ScheduleConfig, num_steps: int) -> optax.GradientTransformation:
     """Global-norm clipping, then the named optimizer with decoupled weight decay on matrices."""
-    adamw = _adamw(config, make_schedule(schedule, config.learning_rate, num_steps))
+    learning_rate = make_schedule(schedule, config.learning_rate, num_steps)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    adamw = _finish(_scale_by_adam(config), config, learning_rate)
     if config.name == "adamw":
         return optax.chain(clip, adamw)
-    raise AssertionError(config.name)
+    muon = _finish(_scale_by_muon(config), config, learning_rate)
+    return optax.chain(clip, optax.partition({"adamw": adamw, "muon": muon}, _labels))
 
 
-def _adamw(config: OptimizerConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def _finish(direction: optax.GradientTransformation, config: OptimizerConfig,
+            learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """A direction, decoupled weight decay, and the learning rate on both."""
     return optax.chain(
-        _scale_by_adam(config),
+        direction,
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -47,7 +55,56 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: cast(adam.init(params), nu_dtype), update)
 
 
+def _scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Orthogonalised Nesterov momentum (Optax's Muon). The matrix products of its Newton-Schulz iteration run over
+    whole matrices, so under a mesh XLA chooses their layout and the result comes back in the storage layout."""
+    muon = optax.contrib.scale_by_muon(
+        beta=config.muon_momentum, mu_dtype=jnp.dtype(config.mu_dtype), weight_dimension_numbers=_matrices
+    )
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if not has_mesh():
+            updates, state = muon.update(grads, state, params)
+        else:
+            layouts = jax.tree.map(lambda a: jax.typeof(a).sharding, (grads, state))
+            updates, state = jax.sharding.auto_axes(muon.update, out_sharding=layouts)(grads, state, params)
+        return jax.tree.map(_like_adam, updates, _matrices(updates)), state
+
+    return optax.GradientTransformation(muon.init, update)
+
+
+def _like_adam(update: jax.Array, matrix: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+    """An orthogonal [m, n] update has root mean square 1/sqrt(max(m, n)); AdamW's is about 0.2."""
+    size = lambda axes: math.prod(update.shape[axis] for axis in axes)  # noqa: E731
+    return 0.2 * math.sqrt(max(size(matrix.reduction_axis), size(matrix.output_axis))) * update
+
+
+def _is_param(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Param)
+
+
+def _labels(params: Any) -> Any:
+    """'muon' for the layers' matrices, 'adamw' for embeddings, head and norms. Same structure as `params`."""
+    return _of_params(lambda p, _: "muon" if p.contracted else "adamw", params)
+
+
+def _matrices(params: Any) -> Any:
+    """How each of the layers' weights is a (batch of) matrix: its declaration, counted from the last dim, because
+    stacked layers lead. Same structure as `params`."""
+
+    def view(p: nnx.Param, a: jax.Array) -> optax.contrib.MuonDimensionNumbers:
+        leading = a.ndim - len(p.dims)
+        place = lambda dims: tuple(leading + dim for dim in dims)  # noqa: E731
+        return optax.contrib.MuonDimensionNumbers(place(p.contracted), place(p.produced))
+
+    return _of_params(view, params)
+
+
+def _of_params(function: Callable[[nnx.Param, jax.Array], Any], params: Any) -> Any:
+    """`function(parameter, its array)` for every parameter, in the structure of `params`."""
+    return jax.tree.map(lambda p: jax.tree.map(lambda a: function(p, a), p), params, is_leaf=_is_param)
+
+
 def decayed(params: Any) -> Any:
     """True for weights that decay: matrices (the embedding included), not norm gains."""
-    is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
-    return jax.tree.map(lambda p: jax.tree.map(lambda _: p.dims != ("norm",), p), params, is_leaf=is_param)
+    return _of_params(lambda p, _: p.dims != ("norm",), params)
