@@ -2,11 +2,15 @@
 
 import functools
 
+import jax
 import pytest
 
-from tests.training.tiny import furthest, run_steps, tiny_config
+from maxlm.parallel.mesh import make_mesh
+from maxlm.training.state import init_state
+from tests.training.tiny import furthest, leaves, run_steps, tiny_config
 
-ROUNDING = 3e-5  # float32, 20 steps at learning rate 1e-2; a wrong gradient is off by 1e-2 and more
+# float32, 20 steps at learning rate 1e-2, parameters and moments; a wrong gradient is off by 1e-2 and more
+ROUNDING = 3e-5
 
 
 @functools.cache
@@ -14,60 +18,81 @@ def single_device():
     return run_steps(tiny_config(), devices=1)
 
 
-WAYS = {
-    "fsdp 8": dict(mesh=dict(fsdp=8)),
-    "data 8": dict(mesh=dict(data=8, fsdp=1)),
-    "data 2, fsdp 2, tensor 2": dict(mesh=dict(data=2, fsdp=2, tensor=2)),
-    "fsdp 4, tensor 2, two microbatches": dict(mesh=dict(tensor=2), train=dict(grad_accumulation=2)),
-    "fsdp 2, data 4, remat of names, loss in 4 chunks": dict(
-        mesh=dict(data=4), remat=dict(policy="names"), compute=dict(loss_chunks=4)),
-}
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow, id=str(values[0]))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_mesh_trains_like_one_device(way):
-    first, losses, last, _ = run_steps(tiny_config(**WAYS[way]), devices=8)
-    expected_first, expected_losses, expected_last, _ = single_device()
-    assert all((a == b).all() for a, b in zip(first, expected_first, strict=True)), "init differs between meshes"
-    assert max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True)) < ROUNDING
-    assert furthest(last, expected_last) < ROUNDING
+def check_like_single_device(config, devices):
+    expected = single_device()
+    run = run_steps(config, devices, start=expected.first)
+    assert max(abs(a - b) for a, b in zip(run.losses, expected.losses, strict=True)) < ROUNDING
+    assert furthest(run.last, expected.last) < ROUNDING
 
 
-ONE_DEVICE_WAYS = {
-    "unrolled": dict(compute=dict(layer_unroll="all")),
-    "partly unrolled": dict(compute=dict(layer_unroll=2)),
-    "full remat": dict(remat=dict(policy="full")),
-    "unrolled, remat of dots": dict(remat=dict(policy="dots"), compute=dict(layer_unroll="all")),
-    "four microbatches": dict(train=dict(grad_accumulation=4)),
-    "loss in 16 chunks": dict(compute=dict(loss_chunks=16)),
-}
+MESHES = {"fsdp": dict(fsdp=2), "data": dict(data=2), "tensor": dict(tensor=2), "all": dict(data=2, fsdp=2, tensor=2)}
 
 
-@pytest.mark.parametrize("way", ONE_DEVICE_WAYS)
-def test_how_it_is_computed_does_not_change_what_is_trained(way):
-    _, losses, last, _ = run_steps(tiny_config(**ONE_DEVICE_WAYS[way]), devices=1, steps=20)
-    _, expected_losses, expected_last, _ = single_device()
-    assert max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True)) < ROUNDING
-    assert furthest(last, expected_last) < ROUNDING
+@pytest.mark.parametrize(("mesh", "devices", "how"), [
+    pytest.param("fsdp", 2, {}, id="fsdp"),
+    pytest.param("data", 2, {}, id="data"),
+    pytest.param("tensor", 2, {}, id="tensor"),
+    pytest.param("all", 8, dict(train=dict(grad_accumulation=2), remat=dict(policy="names"),
+                                compute=dict(loss_chunks=4)), id="all, microbatches, remat of names, loss chunks"),
+])
+def test_a_mesh_trains_like_one_device(mesh, devices, how):
+    check_like_single_device(tiny_config(mesh=MESHES[mesh], **how), devices)
 
 
-PERTURBED = {
-    "another seed": dict(train=dict(seed=1)),
-    "no z-loss": dict(train=dict(z_loss=0.0)),
-    "a window one token wider": dict(model=dict(sliding_window=8)),
-    "no weight decay": dict(optimizer=dict(weight_decay=0.0)),
-}
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [dict(fsdp=8), dict(data=8, fsdp=1), dict(data=4, fsdp=2), dict(fsdp=4, tensor=2)],
+                         ids=str)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_larger_meshes_train_like_one_device(mesh, microbatches):
+    check_like_single_device(tiny_config(mesh=mesh, train=dict(grad_accumulation=microbatches)), 8)
 
 
-@pytest.mark.parametrize("change", PERTURBED)
+@pytest.mark.parametrize("mesh", [MESHES["all"], *(pytest.param(m, marks=pytest.mark.slow) for m in (
+    dict(fsdp=8), dict(data=8, fsdp=1)))], ids=str)
+def test_init_has_the_same_bits_on_a_mesh(mesh):
+    config = tiny_config(mesh=mesh)
+    made = make_mesh(config.mesh)
+    with jax.set_mesh(made):
+        state = init_state(config, made)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+    assert all((a == b).all() for a, b in zip(leaves(state), single_device().first, strict=True))
+
+
+@pytest.mark.parametrize("how", [
+    pytest.param(dict(remat=dict(policy="dots"), compute=dict(layer_unroll="all")), id="unrolled, remat of dots"),
+    pytest.param(dict(remat=dict(policy="full"), compute=dict(layer_unroll=2)), id="partly unrolled, full remat"),
+    pytest.param(dict(train=dict(grad_accumulation=4), compute=dict(loss_chunks=16)), id="4 microbatches, 16 chunks"),
+    slow(dict(compute=dict(layer_unroll="all"))),
+    slow(dict(compute=dict(layer_unroll=2))),
+    slow(dict(remat=dict(policy="full"))),
+    slow(dict(remat=dict(policy="dots"))),
+    slow(dict(remat=dict(policy="names"))),
+    slow(dict(compute=dict(loss_chunks=2))),
+    slow(dict(train=dict(grad_accumulation=16))),
+])
+def test_how_it_is_computed_does_not_change_what_is_trained(how):
+    check_like_single_device(tiny_config(**how), devices=1)
+
+
+@pytest.mark.parametrize("change", [
+    dict(model=dict(sliding_window=8)),
+    dict(train=dict(z_loss=0.0)),
+    slow(dict(optimizer=dict(weight_decay=0.0))),
+    slow(dict(model=dict(logit_softcap=21.0))),
+    slow(dict(schedule=dict(warmup_steps=3))),
+], ids=str)
 def test_the_comparison_sees_a_change(change):
-    """The twin of the two tests above: what trains something else lands further away than rounding."""
-    _, _, last, _ = run_steps(tiny_config(**PERTURBED[change]), devices=1)
-    assert furthest(last, single_device()[2]) > 3 * ROUNDING
+    """The twin of the tests above: what trains something else lands further away than rounding."""
+    run = run_steps(tiny_config(**change), devices=1, start=single_device().first)
+    assert furthest(run.last, single_device().last) > 3 * ROUNDING
 
 
 def test_the_step_reports_what_it_did():
-    metrics = single_device()[3]
+    metrics = single_device().metrics
     assert int(metrics.tokens) == 15 * 15  # one row of 16 has no targets, and each row lacks one at the boundary
     assert 0 < float(metrics.grad_norm) < 10
     assert 0 < float(metrics.update_norm) < 1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple
+
 import jax
+import numpy as np
 
 from maxlm.config import RunConfig
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import batch_sharding
 from maxlm.schema import from_dict
-from maxlm.training.state import init_state
-from maxlm.training.step import compile_step
+from maxlm.training.state import TrainState, abstract_state, init_state
+from maxlm.training.step import StepMetrics, compile_step
 
 VOCAB, ROWS, LENGTH = 96, 16, 16
 
@@ -53,18 +55,35 @@ def leaves(tree) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def run_steps(config: RunConfig, devices: int, steps: int = 20):
-    """(initial parameters, losses, final parameters, last metrics) of a few steps on fake devices."""
+class Run(NamedTuple):
+    """What a few steps did: state before and after as lists of arrays, losses, the last step's metrics."""
+
+    first: list[np.ndarray]
+    losses: list[float]
+    last: list[np.ndarray]
+    metrics: StepMetrics
+
+
+def run_steps(config: RunConfig, devices: int, steps: int = 20, start: list[np.ndarray] | None = None) -> Run:
+    """A few steps on fake devices, from `start` (the `first` of another run) or a fresh state."""
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        state = init_state(config, mesh)
-        first = leaves(state.params)
+        state = init_state(config, mesh) if start is None else placed(start, abstract_state(config, mesh))
+        first = leaves(state)
         step = compile_step(config, mesh)
         losses = []
         for index in range(steps):
             state, metrics = step(state, on(mesh, host_batch(index)))
             losses.append(float(metrics.loss))
-        return first, losses, leaves(state.params), metrics
+        return Run(first, losses, leaves(state), metrics)
+
+
+def placed(arrays: list[np.ndarray], like: TrainState) -> TrainState:
+    """A state as `like` says: its structure and shardings, these values."""
+    targets, structure = jax.tree.flatten(like)
+    return jax.tree.unflatten(
+        structure, [jax.device_put(a, t.sharding) for a, t in zip(arrays, targets, strict=True)]
+    )
 
 
 def furthest(a: list[np.ndarray], b: list[np.ndarray]) -> float:
