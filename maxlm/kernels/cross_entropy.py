@@ -127,7 +127,9 @@ def _chunk(x_BTD, targets_BT, *, w_VD, first, z_loss, softcap, gradients, over_v
     dscores = dscores.astype(x_BTD.dtype)
     dx_BTD = jax.lax.dot_general(dscores, w_VD, (((2,), (0,)), ((), ())), preferred_element_type=x_BTD.dtype)
     # x first: where a backend must transpose an operand, x is the small one.
-    dw_DV = jax.lax.dot_general(x_BTD, dscores, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+    # Rows are flattened first: the CPU backend cannot transpose a bfloat16 product that contracts two dims.
+    x_ND, dscores_NV = x_BTD.reshape(-1, x_BTD.shape[-1]), dscores.reshape(-1, w_VD.shape[0])
+    dw_DV = jax.lax.dot_general(x_ND, dscores_NV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return CrossEntropy(loss, nll), dx_BTD, dw_DV.T
 
 
