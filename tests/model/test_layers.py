@@ -44,7 +44,7 @@ def test_feed_forward_is_the_formula(activation, curve):
     mlp = MLP(config, jnp.float32, nnx.Rngs(params=jax.random.key(0)))
     x = np.random.default_rng(0).normal(size=(1, 4, 16)).astype(np.float32)
     up, down = np.asarray(mlp.up[...]), np.asarray(mlp.down[...])
-    parts = [x @ up[:, i] for i in range(up.shape[1])]
+    parts = [x @ part for part in up]  # gate and up, or up alone
     assert len(parts) == (1 if activation == "gelu" else 2)
     inside = curve(parts[0]) if activation == "gelu" else curve(parts[0]) * parts[1]
     assert furthest(mlp(jnp.asarray(x)), inside @ down) < 1e-5
