@@ -102,7 +102,8 @@ def copy_weights(model: TorchModel, params) -> None:
         for i, block in enumerate(model.blocks):
             block.qkv.weight.copy_(take(layers.attention.qkv)[i].reshape(c.hidden_dim, -1).T)
             block.out.weight.copy_(take(layers.attention.out)[i].reshape(-1, c.hidden_dim).T)
-            block.up.weight.copy_(take(layers.mlp.up)[i].reshape(c.hidden_dim, -1).T)
+            gate, up = take(layers.mlp.gate)[i], take(layers.mlp.up)[i]
+            block.up.weight.copy_(torch.cat([gate, up], dim=1).T)
             block.down.weight.copy_(take(layers.mlp.down)[i].T)
 
 

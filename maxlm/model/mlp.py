@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -17,24 +18,47 @@ ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
 
 
 class MLP(nnx.Module):
-    """x [B, T, D] -> [B, T, D]. Gate and up are one matrix, so that one product reads x once."""
+    """x [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, hidden = config.hidden_dim, config.mlp_dim
-        parts = 1 if config.activation == "gelu" else 2
-        self.up = matrix(
-            rngs, (width, parts, hidden), ("embed", None, "mlp"), config.init_std, contracted=(0,), produced=(2,)
+        # Gate and up are apart: side by side in one matrix, their gradients would be put together from halves that
+        # each read everything (1.3 against 0.7 ms a layer of llama3_2_1b on an H200).
+        into = functools.partial(
+            matrix, shape=(width, hidden), dims=("embed", "mlp"), std=config.init_std, contracted=(0,), produced=(1,)
         )
+        self.gate = None if config.activation == "gelu" else into(rngs)
+        self.up = into(rngs)
         depth_scaled = config.init_std / math.sqrt(2 * config.num_layers)  # GPT-2, section 2.3
         self.down = matrix(rngs, (hidden, width), ("mlp", "embed"), depth_scaled, contracted=(0,), produced=(1,))
         self.activation = config.activation
         self.dtype = dtype
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTPF = einsum("BTD,DPF->BTPF", x_BTD, use(self.up, self.dtype), ("batch", None, None, "mlp"))
-        h_BTPF = checkpoint_name(h_BTPF, "mlp_up")
-        activate = ACTIVATIONS[self.activation]
-        parts = jnp.split(h_BTPF, h_BTPF.shape[2], axis=2)  # split's gradient is one concatenation, indexing's is not
-        h_BTPF = activate(parts[0]) if len(parts) == 1 else activate(parts[0]) * parts[1]
-        h_BTF = jnp.squeeze(h_BTPF, axis=2)
+        activate, up_BTF = ACTIVATIONS[self.activation], self._into(self.up, x_BTD)
+        h_BTF = activate(up_BTF) if self.gate is None else gated(activate, self._into(self.gate, x_BTD), up_BTF)
         return einsum("BTF,FD->BTD", h_BTF, use(self.down, self.dtype), ("batch", None, None))
+
+    def _into(self, weight: nnx.Param, x_BTD: jax.Array) -> jax.Array:
+        h_BTF = einsum("BTD,DF->BTF", x_BTD, use(weight, self.dtype), ("batch", None, "mlp"))
+        return checkpoint_name(h_BTF, "mlp_up")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated(activate, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """activate(gate) * up. The backward pass keeps gate and up alone and computes the activation again."""
+    return activate(gate) * up
+
+
+def _gated_forward(activate, gate, up):
+    return activate(gate) * up, (gate, up)
+
+
+def _gated_backward(activate, kept, dh):
+    # The barrier keeps the compiler from storing the forward pass's activation instead of computing it again.
+    gate, up, dh = jax.lax.optimization_barrier((*kept, dh))
+    activated, pull = jax.vjp(activate, gate)
+    return *pull(dh * up), dh * activated
+
+
+gated.defvjp(_gated_forward, _gated_backward)

@@ -18,7 +18,7 @@ from maxlm.model.block import Block
 from maxlm.model.norm import RMSNorm
 from maxlm.model.parameter import matrix
 from maxlm.model.rope import rotation
-from maxlm.parallel.sharding import ACTIVATION, has_mesh, spec, use
+from maxlm.parallel.sharding import ACTIVATION, has_mesh, spec, unstack, use
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -65,8 +65,8 @@ class Transformer(nnx.Module):
         x_BTD = self.embed(tokens_BT)
         stacks = self.stacks()
         if self.unroll == "all":
-            for i in range(self.num_repeats):
-                x_BTD = repeat(x_BTD, layer(stacks, i))
+            for blocks in _unstacked(stacks):
+                x_BTD = repeat(x_BTD, blocks)
         else:
             x_BTD, _ = jax.lax.scan(lambda x, blocks: (repeat(x, blocks), None), x_BTD, stacks, unroll=self.unroll)
         return self.final_norm(x_BTD)
@@ -115,9 +115,10 @@ class Transformer(nnx.Module):
         )
 
 
-def layer(stacks: Any, index: int) -> Any:
-    """One repeat's parameters out of the stacks."""
-    return jax.tree.map(lambda leaf: leaf[index], stacks)
+def _unstacked(stacks: tuple[Block, ...]) -> list[tuple[Block, ...]]:
+    """The blocks of each repeat out of the stacks."""
+    leaves, structure = jax.tree.flatten(stacks)
+    return [structure.unflatten(repeat) for repeat in zip(*map(unstack, leaves), strict=True)]
 
 
 def make_transformer(config: ModelConfig, key: jax.Array, *, kernel: str = "reference",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from maxlm.config import AXES, MeshConfig, ModelConfig, TrainConfig
@@ -40,9 +41,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = axis_sizes(config, len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes), devices=devices
-    )
+    # A pod is a torus of few axes: ours may have to share one of them.
+    layout = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(layout, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
 
 
 def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:

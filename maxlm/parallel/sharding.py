@@ -47,6 +47,12 @@ def einsum(subscripts: str, x: jax.Array, w: jax.Array, out: Dims) -> jax.Array:
     return jnp.einsum(subscripts, x, w, out_sharding=sharding)
 
 
+def unstack(x: jax.Array) -> list[jax.Array]:
+    """The slices of the leading dim. One split, whose gradient is one concatenation; indexing's is a sum of paddings,
+    which XLA does not always see through."""
+    return [jnp.squeeze(part, axis=0) for part in jnp.split(x, x.shape[0], axis=0)]
+
+
 def constrain(x: jax.Array, dims: Dims) -> jax.Array:
     """An activation laid out by its logical `dims`."""
     return jax.sharding.reshard(x, spec(dims, ACTIVATION)) if has_mesh() else x

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 
 from maxlm.config import RunConfig
-from maxlm.flops import training_flops_per_token, training_flops_per_token_full_attention
-from maxlm.hardware import chip_of
+from maxlm.flops import training_flops_per_token_full_attention
 from maxlm.kernels.attention import choose_attention
 from maxlm.parallel.mesh import check_divisible, make_mesh
 from maxlm.schema import to_dict
 from maxlm.training.evaluate import local_rows, to_device
 from maxlm.training.state import DTYPES, init_state
 from maxlm.training.step import compile_step
+from maxlm.training.throughput import Throughput
 
 PACKAGES = ("maxlm", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -28,9 +28,10 @@ PACKAGES = ("maxlm", "jax", "jaxlib", "flax", "optax", "numpy")
 def measure(config: RunConfig, *, steps: int = 20, warmup: int = 3, documents: int = 1) -> dict[str, Any]:
     """Times `steps` training steps after `warmup` ones and returns the record `maxlm bench` writes.
 
-    Each row of a batch holds `documents` equal documents. A step is timed from dispatch until its loss is on the
-    host. tokens/s/chip counts every position; mfu is against the chip's dense peak for the recipe's precision, in the
-    convention of flops.training_flops_per_token (causal), and null for a chip that is not known.
+    Each row of a batch holds `documents` equal documents. A step is timed from the arrival of the loss before it to
+    that of its own, with the next one queued. tokens/s/chip counts every position; mfu is against the chip's dense
+    peak for the recipe's precision, in the convention of flops.training_flops_per_token (causal), and null for a chip
+    that is not known.
     """
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, config.model, config.train)
@@ -42,11 +43,14 @@ def measure(config: RunConfig, *, steps: int = 20, warmup: int = 3, documents: i
         rows = local_rows(mesh, config.train.global_batch_size)
         batches = [to_device(synthetic_batch(config, seed, documents, rows), mesh) for seed in range(2)]
         seconds, losses = [], []
-        for index in range(warmup + steps):
-            clock = time.perf_counter()
+        before, clock = None, time.perf_counter()
+        for index in range(warmup + steps + 1):  # as the loop does: the next step is queued before one is waited for
             state, metrics = step(state, batches[index % 2])
-            losses.append(float(metrics.loss))
-            seconds.append(time.perf_counter() - clock)
+            if before is not None:
+                losses.append(float(before.loss))
+                seconds.append(time.perf_counter() - clock)
+                clock = time.perf_counter()
+            before = metrics
     return _record(config, mesh, step, seconds[warmup:], losses, compile_seconds, documents)
 
 
@@ -66,13 +70,10 @@ def synthetic_batch(config: RunConfig, seed: int, documents: int, rows: range) -
 
 
 def _record(config, mesh, step, seconds, losses, compile_seconds, documents) -> dict[str, Any]:
-    device, train = mesh.devices.flat[0], config.train
-    chip = chip_of(device.device_kind)
+    device, train, throughput = mesh.devices.flat[0], config.train, Throughput(config, mesh)
     median = statistics.median(seconds)
-    rate = train.global_batch_size * train.seq_len / median / mesh.size
-    peak = chip.peak(config.precision.recipe) if chip else None
-    flops = training_flops_per_token(config.model, train.seq_len)
-    full = training_flops_per_token_full_attention(config.model, train.seq_len)
+    mfu = throughput.mfu(median)
+    full = training_flops_per_token_full_attention(config.model, train.seq_len) / throughput.flops_per_token
     memory = step.memory_analysis()
     kernel, _ = choose_attention(
         config.compute.attention, platform=device.platform, head_dim=config.model.head_dim, seq_len=train.seq_len,
@@ -82,10 +83,10 @@ def _record(config, mesh, step, seconds, losses, compile_seconds, documents) -> 
         "benchmark": "train_step",
         "device_kind": device.device_kind,
         "devices": mesh.size,
-        "tokens_per_second_per_chip": rate,
-        "mfu": rate * flops / peak if peak else None,
-        "mfu_full_attention_convention": rate * full / peak if peak else None,
-        "flops_per_token": flops,
+        "tokens_per_second_per_chip": throughput.tokens_per_second_per_chip(median),
+        "mfu": mfu,
+        "mfu_full_attention_convention": None if mfu is None else mfu * full,
+        "flops_per_token": throughput.flops_per_token,
         "step_seconds": {"median": median, "min": min(seconds), "max": max(seconds), "count": len(seconds)},
         "compile_seconds": compile_seconds,
         "bytes_per_chip": memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None,
@@ -127,7 +128,7 @@ def summary(record: dict[str, Any]) -> str:
     )
     return (
         f"{record['device_kind']} x{record['devices']}: {record['tokens_per_second_per_chip']:,.0f} tokens/s/chip, "
-        f"{mfu}, "
+        f"{mfu}, {record['attention']} attention, "
         f"step {seconds['median'] * 1e3:.1f} ms (min {seconds['min'] * 1e3:.1f}, max {seconds['max'] * 1e3:.1f}, "
         f"n {seconds['count']}), compiled in {record['compile_seconds']:.1f} s"
     )

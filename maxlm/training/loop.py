@@ -26,8 +26,6 @@ from maxlm.checkpoint import Checkpointer
 from maxlm.config import RunConfig, training_difference
 from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData, TrainingData
-from maxlm.flops import training_flops_per_token
-from maxlm.hardware import chip_of
 from maxlm.kernels.attention import choose_attention
 from maxlm.parallel.mesh import check_divisible, make_mesh
 from maxlm.resilience import RunLock, StopRequest
@@ -38,6 +36,7 @@ from maxlm.training.progress import Progress
 from maxlm.training.saved_run import CHECKPOINTS, DATA, TOKENIZER, TOKENIZER_CONFIG
 from maxlm.training.state import DTYPES, TrainState, abstract_state, init_state
 from maxlm.training.step import StepMetrics, compile_step
+from maxlm.training.throughput import Throughput
 
 CONFIG_FILE, DONE_FILE = "config.json", "DONE"
 
@@ -112,8 +111,7 @@ class _Run:
         self.rows = local_rows(mesh, config.train.global_batch_size)
         self.leader = jax.process_index() == 0
         device = mesh.devices.flat[0]
-        self.chip = chip_of(device.device_kind)
-        self.flops_per_token = training_flops_per_token(config.model, config.train.seq_len)
+        self.throughput = Throughput(config, mesh)
         kernel, reason = choose_attention(
             config.compute.attention, platform=device.platform, head_dim=config.model.head_dim,
             seq_len=config.train.seq_len, softcap=config.model.attention_softcap,
@@ -247,13 +245,10 @@ class _Run:
         now = time.perf_counter()
         seconds = (now - self.mark) / (step - self.marked_step)
         self.mark, self.marked_step = now, step
-        train = self.config.train
-        rate_per_chip = train.global_batch_size * train.seq_len / seconds / self.mesh.size
-        peak = self.chip.peak(self.config.precision.recipe) if self.chip else None
         row = {
             "step": step, "tokens": self.tokens, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm,
-            "update_norm": update_norm, "step_seconds": seconds, "tokens_per_second_per_chip": rate_per_chip,
-            "mfu": rate_per_chip * self.flops_per_token / peak if peak else None,
+            "update_norm": update_norm, "step_seconds": seconds, "mfu": self.throughput.mfu(seconds),
+            "tokens_per_second_per_chip": self.throughput.tokens_per_second_per_chip(seconds),
         }
         if self.writer:
             self.writer.write(row)
