@@ -15,6 +15,7 @@ from maxlm.data.prepare import prepare
 
 SEQ_LEN, STEPS = 32, 6
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box and pack".split()
+ONE_DEVICE = " ".join(f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f)
 FAST = ("logging.tensorboard=false",)
 
 CONFIG = f'''
@@ -68,11 +69,20 @@ def train(config: pathlib.Path, run: pathlib.Path, *overrides: str) -> int:
     return main(arguments(config, run, *overrides))
 
 
-def start(words: list[str], **settings) -> subprocess.Popen[str]:
-    """`maxlm WORDS` as its own process."""
+def start(words: list[str], xla_flags: str | None = None) -> subprocess.Popen[str]:
+    """`maxlm WORDS` as its own process, on one device where `xla_flags` is ONE_DEVICE."""
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(maxlm.__file__).parents[1])}
-    settings = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) | settings
-    return subprocess.Popen([sys.executable, "-m", "maxlm", *words], **settings)
+    if xla_flags is not None:
+        environment["XLA_FLAGS"] = xla_flags
+    return subprocess.Popen([sys.executable, "-m", "maxlm", *map(str, words)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def command(words: list[str], xla_flags: str | None = None) -> tuple[int, str, str]:
+    """Runs `maxlm WORDS` to its end: (exit code, stdout, stderr)."""
+    process = start(words, xla_flags)
+    out, error = process.communicate(timeout=120)
+    return process.returncode, out, error
 
 
 def rows_of(run: pathlib.Path) -> list[dict]:
