@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,20 @@ def _orbax() -> Any:
     logger = logging.getLogger("absl")
     if _not_from_orbax not in logger.filters:
         logger.addFilter(_not_from_orbax)
+        _silence_late_reports()
     return ocp
+
+
+def _silence_late_reports() -> None:
+    """Where one array of many fails, Orbax closes its event loop at once; TensorStore then reports each array that is
+    still under way to the closed loop, and Python prints a traceback for each. The failure itself is raised."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"):
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
