@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def full_disk(folder: pathlib.Path, free: int) -> Iterator[tuple[pathlib.Path, Callable[[], None]]]:
-    """(a run directory whose disk has `free` bytes left, a function that makes room).
+def full_disk(folder: pathlib.Path, free: int) -> Iterator[tuple[pathlib.Path, list[str], Callable[[], None]]]:
+    """(a run directory whose disk has `free` bytes left, what the error must say, a function that makes room).
 
     A small tmpfs; where mounting is not permitted, a limit on the size of files, which fails writes the same way.
     """
@@ -20,12 +20,12 @@ def full_disk(folder: pathlib.Path, free: int) -> Iterator[tuple[pathlib.Path, C
     size = 8 << 20
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
         with _file_size_limit(free // 40) as lift:
-            yield folder / "run", lift
+            yield folder / "run", ["a file would be larger than the limit", "raise `ulimit -f`"], lift
         return
     try:
         ballast = folder / "ballast"
         ballast.write_bytes(bytes(size - free))
-        yield folder / "run", ballast.unlink
+        yield folder / "run", ["no space left", "free some space"], ballast.unlink
     finally:
         subprocess.run(["umount", folder], check=True)
 
