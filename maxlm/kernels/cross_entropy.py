@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from maxlm.parallel.sharding import BATCH, STORAGE, has_mesh
@@ -130,7 +131,9 @@ def _chunk(x_BTD, targets_BT, *, w_VD, first, z_loss, softcap, gradients, over_v
     # Rows are flattened first: the CPU backend cannot transpose a bfloat16 product that contracts two dims.
     x_ND, dscores_NV = x_BTD.reshape(-1, x_BTD.shape[-1]), dscores.reshape(-1, w_VD.shape[0])
     dw_DV = jax.lax.dot_general(x_ND, dscores_NV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return CrossEntropy(loss, nll), dx_BTD, dw_DV.T
+    # Row-major by order: left alone, XLA's CPU compiler keeps the transpose and copies the weight and its moments.
+    dw_VD = with_layout_constraint(dw_DV.T, Layout(major_to_minor=(0, 1)))
+    return CrossEntropy(loss, nll), dx_BTD, dw_VD
 
 
 def num_chunks(batch: int, length: int, vocab: int) -> int:

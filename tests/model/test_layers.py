@@ -1,5 +1,6 @@
 """Norms, feed-forward, head and precision against the formulas in numpy."""
 
+import functools
 import math
 
 import jax
@@ -10,9 +11,8 @@ from flax import nnx
 
 from maxlm.config import ModelConfig
 from maxlm.model import make_transformer
-from maxlm.model.mlp import MLP
+from maxlm.model.mlp import MLP, gated
 from maxlm.model.norm import RMSNorm
-from maxlm.model.transformer import layer
 from tests.model.tiny_model import DEFAULTS, furthest, hidden, tiny_model, tokens_of
 
 
@@ -44,12 +44,22 @@ def test_feed_forward_is_the_formula(activation, curve):
     mlp = MLP(config, jnp.float32, nnx.Rngs(params=jax.random.key(0)))
     x = np.random.default_rng(0).normal(size=(1, 4, 16)).astype(np.float32)
     up, down = np.asarray(mlp.up[...]), np.asarray(mlp.down[...])
-    parts = [x @ part for part in up]  # gate and up, or up alone
-    assert len(parts) == (1 if activation == "gelu" else 2)
-    inside = curve(parts[0]) if activation == "gelu" else curve(parts[0]) * parts[1]
-    assert furthest(mlp(jnp.asarray(x)), inside @ down) < 1e-5
-    if activation != "gelu":
-        assert furthest(mlp(jnp.asarray(x)), curve(parts[1]) * parts[0] @ down) > 0.1
+    if activation == "gelu":
+        assert mlp.gate is None
+        assert furthest(mlp(jnp.asarray(x)), curve(x @ up) @ down) < 1e-5
+        return
+    gate = np.asarray(mlp.gate[...])
+    assert furthest(mlp(jnp.asarray(x)), curve(x @ gate) * (x @ up) @ down) < 1e-5
+    assert furthest(mlp(jnp.asarray(x)), curve(x @ up) * (x @ gate) @ down) > 0.1
+
+
+@pytest.mark.parametrize("activate", [jax.nn.silu, jax.nn.gelu])
+def test_the_gate_has_the_gradient_of_its_formula(activate):
+    gate, up, weight = jax.random.normal(jax.random.key(0), (3, 4, 5))
+    loss = lambda product: lambda g, u: jnp.sum(weight * product(g, u))  # noqa: E731
+    got = jax.grad(loss(functools.partial(gated, activate)), argnums=(0, 1))(gate, up)
+    expected = jax.grad(loss(lambda g, u: activate(g) * u), argnums=(0, 1))(gate, up)
+    assert max(map(furthest, got, expected)) < 1e-6 < furthest(got[0], expected[1])
 
 
 @pytest.mark.parametrize("placement", ["pre", "post", "both"])
@@ -60,7 +70,7 @@ def test_norms_are_where_the_placement_says(placement):
     turn = _turn(model, tokens)
     before, after = placement in ("pre", "both"), placement in ("post", "both")
     for index in range(2):
-        (block,) = layer(model.stacks(), index)
+        (block,) = jax.tree.map(lambda leaf, index=index: leaf[index], model.stacks())
         for name, sublayer in (
             ("attention", lambda h, b=block: b.attention(h, turn, jnp.ones_like(tokens))),
             ("mlp", lambda h, b=block: b.mlp(h)),
@@ -101,7 +111,7 @@ def test_init_is_scaled_by_depth():
                              jax.random.key(0))
     spread = lambda p: float(jnp.std(p[...]))  # noqa: E731
     blocks = model.layers_0
-    for inner in (model.embedding, blocks.attention.qkv, blocks.mlp.up):
+    for inner in (model.embedding, blocks.attention.qkv, blocks.mlp.gate, blocks.mlp.up):
         assert spread(inner) == pytest.approx(0.02 * 0.9866, rel=0.03)  # truncation at three deviations takes 1.3%
     for outer in (blocks.attention.out, blocks.mlp.down):
         assert spread(outer) == pytest.approx(0.02 * 0.9866 / 4, rel=0.03)

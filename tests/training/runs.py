@@ -24,8 +24,8 @@ from maxlm.config import *
 
 def config() -> RunConfig:
     return RunConfig(
-        model=ModelConfig(num_layers=2, hidden_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32,
-                          vocab_size=264, layer_pattern=("local", "global"), sliding_window=8),
+        model=ModelConfig(num_layers=1, hidden_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32,
+                          vocab_size=264, layer_pattern=("local",), sliding_window=8),
         data=DataConfig(path="DATA", read_threads=1, prefetch_batches=2),
         train=TrainConfig(num_steps={STEPS}, global_batch_size=8, seq_len={SEQ_LEN}),
         optimizer=OptimizerConfig(learning_rate=1e-2),

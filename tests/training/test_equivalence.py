@@ -65,7 +65,7 @@ def test_init_has_the_same_bits_on_a_mesh(mesh):
 @pytest.mark.parametrize("how", [
     pytest.param(dict(remat=dict(policy="dots"), compute=dict(layer_unroll="all")), id="unrolled, remat of dots"),
     pytest.param(dict(remat=dict(policy="full"), compute=dict(layer_unroll=2)), id="partly unrolled, full remat"),
-    pytest.param(dict(train=dict(grad_accumulation=4), compute=dict(loss_chunks=16)), id="4 microbatches, 16 chunks"),
+    slow(dict(train=dict(grad_accumulation=4), compute=dict(loss_chunks=16))),
     slow(dict(compute=dict(layer_unroll="all"))),
     slow(dict(compute=dict(layer_unroll=2))),
     slow(dict(remat=dict(policy="full"))),
@@ -80,7 +80,7 @@ def test_how_it_is_computed_does_not_change_what_is_trained(how):
 
 @pytest.mark.parametrize("change", [
     dict(model=dict(sliding_window=8)),
-    dict(train=dict(z_loss=0.0)),
+    slow(dict(train=dict(z_loss=0.0))),
     slow(dict(optimizer=dict(weight_decay=0.0))),
     slow(dict(model=dict(logit_softcap=21.0))),
     slow(dict(schedule=dict(warmup_steps=3))),

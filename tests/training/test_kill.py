@@ -107,6 +107,7 @@ def test_stopped_at_every_kind_of_step(whole, tmp_path, number):
     check_ends_like(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_evaluation_owed_by_a_stop_is_made_up_for(tmp_path, monkeypatch):
     """Stopped exactly on an evaluating step, and on the last one."""
     from maxlm.overrides import apply_overrides, load_config

@@ -122,6 +122,7 @@ def test_a_step_keeps_the_types_and_layout_of_the_state(name, recipe, moments):
     assert {a.dtype.name for a in metrics} == {"float32", "int32"}
 
 
+@pytest.mark.slow
 def test_a_compiled_step_keeps_them_too():
     config = tiny_config(mesh=dict(data=2, fsdp=2, tensor=2), precision=dict(recipe="bf16"),
                          optimizer=dict(nu_dtype="bfloat16"), model=dict(num_layers=2))
