@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from maxlm import __version__
 from maxlm.config import RunConfig
 from maxlm.flops import training_flops_per_token_full_attention
 from maxlm.kernels.attention import choose_attention
@@ -22,7 +24,7 @@ from maxlm.training.state import DTYPES, init_state
 from maxlm.training.step import compile_step
 from maxlm.training.throughput import Throughput
 
-PACKAGES = ("maxlm", "jax", "jaxlib", "flax", "optax", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def measure(config: RunConfig, *, steps: int = 20, warmup: int = 3, documents: int = 1) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def _record(config, mesh, step, seconds, losses, compile_seconds, documents) -> 
         "documents_per_row": documents,
         "loss_first_last": [losses[0], losses[-1]],
         "config": to_dict(config),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {"maxlm": __version__} | {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -108,7 +110,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, '+' where it has changes; None outside a checkout."""
+    """The checkout's commit, '+' where it has changes. MAXLM_COMMIT says it for a copy without its history, as sent to
+    another machine; else None outside a checkout."""
+    if os.environ.get("MAXLM_COMMIT"):
+        return os.environ["MAXLM_COMMIT"]
     here = Path(__file__).parent
     git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)  # noqa: E731
     try:
