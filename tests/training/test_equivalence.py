@@ -52,7 +52,7 @@ def test_larger_meshes_train_like_one_device(mesh, microbatches):
 
 
 @pytest.mark.parametrize("mesh", [MESHES["all"], *(pytest.param(m, marks=pytest.mark.slow) for m in (
-    dict(fsdp=8), dict(data=8, fsdp=1)))], ids=str)
+    dict(fsdp=8), dict(data=4, fsdp=2)))], ids=str)
 def test_init_has_the_same_bits_on_a_mesh(mesh):
     config = tiny_config(mesh=mesh)
     made = make_mesh(config.mesh)
