@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from maxlm.cli import use_huge_pages
 from maxlm.config import ModelConfig, OptimizerConfig, RunConfig
 from maxlm.overrides import apply_overrides, load_config
 from maxlm.parallel.mesh import make_mesh
@@ -187,4 +188,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()  # as the maxlm command does; PyTorch has them here too
     main()

@@ -1,3 +1,3 @@
-from maxlm.cli import main
+from maxlm.cli import run
 
-raise SystemExit(main())
+run()

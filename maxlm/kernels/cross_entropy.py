@@ -71,7 +71,8 @@ def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, shard
     """One device's rows: sums over the mesh, this device's rows of dx, its shard of dw."""
     batch, length, width = x_BTD.shape
     w_VD = w_VD.astype(x_BTD.dtype)
-    if sharded:
+    split = sharded and jax.lax.axis_size("fsdp") > 1  # the CPU backend copies even for a gather of one
+    if split:
         w_VD = jax.lax.all_gather(w_VD, "fsdp", axis=1, tiled=True)
     first = jax.lax.axis_index("tensor") * w_VD.shape[0] if sharded else 0
     count = num_chunks(batch, length, w_VD.shape[0]) if chunks == "auto" else chunks
@@ -83,7 +84,7 @@ def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, shard
     if count == 1:
         sums, dx_BTD, dw_VD = chunk(x_BTD, targets_BT)
     else:
-        split = lambda a: jnp.moveaxis(a.reshape(batch, count, length // count, *a.shape[2:]), 1, 0)  # noqa: E731
+        pieces = lambda a: jnp.moveaxis(a.reshape(batch, count, length // count, *a.shape[2:]), 1, 0)  # noqa: E731
 
         def body(carry, piece):
             sums, dx, dw = chunk(*piece)
@@ -93,7 +94,7 @@ def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, shard
         if sharded:  # shard_map's types ask over which axes a sum will differ from device to device
             zero, dw_VD = jax.lax.pcast(zero, BATCH, to="varying"), _differs(dw_VD)
         start = (CrossEntropy(zero, zero), dw_VD)
-        (sums, dw_VD), dx_CBTD = jax.lax.scan(body, start, (split(x_BTD), split(targets_BT)))
+        (sums, dw_VD), dx_CBTD = jax.lax.scan(body, start, (pieces(x_BTD), pieces(targets_BT)))
         dx_BTD = jnp.moveaxis(dx_CBTD, 0, 1).reshape(x_BTD.shape) if gradients else None
     if sharded:
         sums = jax.lax.psum(sums, BATCH)
@@ -101,7 +102,9 @@ def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, shard
         return sums
     if sharded:
         dx_BTD = jax.lax.psum(dx_BTD, "tensor")
-        dw_VD = jax.lax.psum(jax.lax.psum_scatter(dw_VD, "fsdp", scatter_dimension=1, tiled=True), "data")
+        if split:
+            dw_VD = jax.lax.psum_scatter(dw_VD, "fsdp", scatter_dimension=1, tiled=True)
+        dw_VD = jax.lax.psum(dw_VD, "data" if split else BATCH)
     return sums, dx_BTD, dw_VD
 
 

@@ -10,7 +10,8 @@ from maxlm.data.manifest import load_manifest
 from maxlm.training.loop import Outcome
 from maxlm.training.saved_run import DATA, continue_text
 
-SAMPLE_FILE, SAMPLE_TOKENS = "sample.txt", 160
+SAMPLE_FILE = "sample.txt"
+SAMPLE = {"num_tokens": 160, "temperature": 0.6}
 
 
 def finish(config: RunConfig, run_dir: Path, outcome: Outcome) -> None:
@@ -25,7 +26,7 @@ def finish(config: RunConfig, run_dir: Path, outcome: Outcome) -> None:
     else:
         print(f"\n{trained}: no held-out result, because the prepared data holds out no text")
     if config.logging.sample_prompt:
-        text = continue_text(outcome.state.params, run_dir, config.logging.sample_prompt, num_tokens=SAMPLE_TOKENS)
+        text = continue_text(outcome.state.params, run_dir, config.logging.sample_prompt, **SAMPLE)
         (run_dir / SAMPLE_FILE).write_text(text + "\n")
         print(f"\nsample ({run_dir.name}/{SAMPLE_FILE}):\n{text}\n")
 
