@@ -13,12 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
 from maxlm.overrides import apply_overrides, load_config
 from maxlm.training.benchmark import measure, summary
 
+ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("quickstart", "gpt2_124m", "llama3_2_1b")
 
 
