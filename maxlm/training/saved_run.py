@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from maxlm.checkpoint import read_meta, restore_state
 from maxlm.checkpoint.layout import require_step
@@ -53,8 +54,8 @@ def evaluate(run_dir: Path, step: int | None, data: str | None, batches: int) ->
     heldout = HeldoutData(folders, seq_len=config.train.seq_len, global_batch_size=size)
     _check_heldout(heldout, folders, run_dir)
     with jax.set_mesh(mesh):
-        state = restore_state(run_dir / CHECKPOINTS, step, abstract_state(config, mesh))
-        result = make_evaluator(config, mesh)(state.params, heldout, local_rows(mesh, size))
+        params = _restored_params(config, run_dir, step, mesh)
+        result = make_evaluator(config, mesh)(params, heldout, local_rows(mesh, size))
     return {
         "step": step, "loss": result.loss, "perplexity": math.exp(min(result.loss, 700.0)),
         "bits_per_byte": result.bits_per_byte, "tokens": result.tokens, "bytes": result.bytes,
@@ -82,8 +83,13 @@ def generate(run_dir: Path, step: int | None, prompt: str, **options: Any) -> st
     """`prompt` and its continuation by a checkpoint, restored onto one device."""
     config, step = load_config_of(run_dir, step)
     mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    state = restore_state(run_dir / CHECKPOINTS, step, abstract_state(config, mesh))
-    return continue_text(state.params, run_dir, prompt, **options)
+    return continue_text(_restored_params(config, run_dir, step, mesh), run_dir, prompt, **options)
+
+
+def _restored_params(config: RunConfig, run_dir: Path, step: int, mesh: Mesh) -> Transformer:
+    """A checkpoint's parameters alone: the optimizer state stays on disk."""
+    like = {"params": abstract_state(config, mesh).params}
+    return restore_state(run_dir / CHECKPOINTS, step, like)["params"]
 
 
 def continue_text(params: Transformer, run_dir: Path, prompt: str, *, num_tokens: int, seed: int = 0,
