@@ -68,5 +68,6 @@ def test_a_mesh_trains_like_one_device():
     spread = run_steps(tiny_config(mesh=dict(data=2, fsdp=2, tensor=2), **muon), devices=8, steps=10)
     other = run_steps(tiny_config(optimizer=dict(name="muon", learning_rate=5e-3, muon_momentum=0.9)), devices=1, steps=10)
     apart = lambda a, b: max(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True))  # noqa: E731
-    assert apart(alone, spread) < 5e-5
-    assert apart(alone, other) > 3e-4
+    rounding = 3e-5
+    assert apart(alone, spread) < rounding
+    assert apart(alone, other) > 4 * rounding
