@@ -28,7 +28,7 @@ def config() -> RunConfig:
             qk_norm=True,
         ),
         data=DataConfig(source="python-stdlib", tokenizer="bpe:8192", heldout_fraction=0.02),
-        train=TrainConfig(num_steps=700, global_batch_size=8, seq_len=512),
+        train=TrainConfig(num_steps=500, global_batch_size=8, seq_len=512),
         optimizer=OptimizerConfig(name="muon", learning_rate=8e-3, b2=0.99, muon_momentum=0.95),
         schedule=ScheduleConfig(name="linear", warmup_steps=20, final_fraction=0.0),
         precision=PrecisionConfig(recipe="float32"),

@@ -1,7 +1,7 @@
 """The shape of Llama 3 70B: 80 layers of width 8192, 70,553,706,496 parameters, for pods.
 
     maxlm data prepare TEXT... --out DATA --tokenizer tokenizer.json --seq-len 8192
-    maxlm train configs/llama3_70b.py --run-dir SHARED/llama3_70b --set data.path=DATA   (on every host)
+    maxlm train configs/llama3_70b.py --run-dir SHARED/llama3_70b --set data.path=DATA
 
 Hardware: float32 parameters and AdamW moments are 847 GB, split over `mesh.fsdp` and `mesh.tensor`. With full
 rematerialisation each sequence of 8192 that a chip works on keeps 10.7 GB of layer inputs there, so how many those

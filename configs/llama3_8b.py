@@ -1,7 +1,7 @@
 """The shape of Llama 3 8B: 32 layers of width 4096, 8,030,261,248 parameters, for a pod slice or several GPU hosts.
 
     maxlm data prepare TEXT... --out DATA --tokenizer tokenizer.json --seq-len 8192
-    maxlm train configs/llama3_8b.py --run-dir SHARED/llama3_8b --set data.path=DATA     (on every host)
+    maxlm train configs/llama3_8b.py --run-dir SHARED/llama3_8b --set data.path=DATA
 
 Hardware: float32 parameters and AdamW moments are 96 GB, split over `mesh.fsdp` and `mesh.tensor`; the batch must be a
 multiple of mesh.data * mesh.fsdp. For example (GB a chip of the step compiled ahead of time, libtpu 0.0.52)

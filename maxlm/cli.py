@@ -8,6 +8,7 @@ Each verb imports what it needs when it runs, so that `--help` and a misspelt ke
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -43,7 +44,8 @@ def use_huge_pages() -> None:
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        with contextlib.suppress(OSError):  # then it is only slower
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _complain(error, UNSAFE)
         if kind == "WorkerError":  # of a traceback the last line says what happened
             return _complain(str(error).strip().splitlines()[-1], USER_MISTAKE)
+        if "Corrupted" in str(error):  # ArrayRecord's word for a record whose checksum is wrong
+            return _complain(
+                "data.path: a token shard is damaged (a record fails its checksum): prepare the folder again", UNSAFE
+            )
         if "RESOURCE_EXHAUSTED" in str(error):
             return _complain(
                 "out of device memory (RESOURCE_EXHAUSTED): lower train.global_batch_size or raise "

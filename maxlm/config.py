@@ -45,7 +45,9 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "model.rope")
-        _positive("model.rope", theta=self.theta, factor=self.factor, original_max_len=self.original_max_len)
+        _positive("model.rope", factor=self.factor, original_max_len=self.original_max_len,
+                  beta_fast=self.beta_fast, beta_slow=self.beta_slow)
+        require(self.theta > 1, f"model.rope.theta={self.theta} must be greater than 1")
         require(
             self.low_freq_factor < self.high_freq_factor,
             f"model.rope.low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}",
@@ -152,6 +154,7 @@ class TrainConfig:
         _positive("train", num_steps=self.num_steps, global_batch_size=self.global_batch_size, seq_len=self.seq_len,
                   grad_accumulation=self.grad_accumulation)
         _not_negative("train", z_loss=self.z_loss, seed=self.seed)
+        require(self.seed < 2**32, f"train.seed={self.seed} must be below 2**32")
         require(
             self.global_batch_size % self.grad_accumulation == 0,
             f"train.global_batch_size={self.global_batch_size} must be a multiple of "
@@ -229,7 +232,9 @@ AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Arithmetic of matrix products. Parameters and optimizer masters are float32 in every recipe."""
+    """Dtype of activations and of the operands of matrix products. Parameters and optimizer state are float32 in every
+    recipe. Products of float32 run as the backend does by default, which is TF32 on NVIDIA GPUs; under bf16 weight
+    gradients are summed over devices in bfloat16 and added to float32 masters."""
 
     recipe: Literal["float32", "bf16"] = "bf16"
 
@@ -279,6 +284,10 @@ class CheckpointConfig:
         check_types(self, "checkpoint")
         _positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
         _not_negative("checkpoint", keep_every=self.keep_every)
+        require(
+            self.keep_every % self.every_steps == 0,
+            f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every_steps={self.every_steps}",
+        )
 
 
 @dataclass(frozen=True)
@@ -332,6 +341,17 @@ class RunConfig:
         require(
             ramp <= self.train.num_steps,
             f"schedule.warmup_steps + decay_steps = {ramp} is more than train.num_steps={self.train.num_steps}",
+        )
+        chunks = self.compute.loss_chunks
+        require(
+            chunks == "auto" or self.train.seq_len % chunks == 0,
+            f"compute.loss_chunks={chunks} does not divide train.seq_len={self.train.seq_len}: use a divisor or 'auto'",
+        )
+        size = self.data.tokenizer.removeprefix("bpe:")
+        require(
+            not self.data.source or not size.isdecimal() or int(size) <= self.model.vocab_size,
+            f"data.tokenizer={self.data.tokenizer!r} makes more tokens than model.vocab_size={self.model.vocab_size}: "
+            "set model.vocab_size to its size",
         )
 
 

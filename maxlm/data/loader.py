@@ -26,7 +26,7 @@ _ENDLESS = 1 << 40  # steps
 class _Batches:
     """Random access by step, as a Grain source: picklable, and all that a reading thread or process needs."""
 
-    def __init__(self, rows: Any, fmt: RowFormat, global_batch_size: int, wanted: range):
+    def __init__(self, rows: Any, fmt: RowFormat, global_batch_size: int, wanted: Sequence[int]):
         self._rows, self._fmt = rows, fmt
         self._global_batch_size, self._wanted = global_batch_size, wanted
 
@@ -93,12 +93,12 @@ class TrainingData:
         )
         self._rows = mixed_rows(self.datasets, seed)
 
-    def batch(self, step: int, rows: range | None = None) -> Batch:
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
         """Global batch `step`, or those of its `rows` (0 to global_batch_size) that this process wants."""
         return self._batches(rows)[step]
 
     def iterate(
-        self, start_step: int, rows: range | None = None, *, read_threads: int = 4, worker_processes: int = 0,
+        self, start_step: int, rows: Sequence[int] | None = None, *, read_threads: int = 4, worker_processes: int = 0,
         prefetch_batches: int = 8,
     ) -> BatchStream:
         """(step, batch) from `start_step` on, equal to `batch(step, rows)`, read ahead by `prefetch_batches`.
@@ -119,7 +119,7 @@ class TrainingData:
             )
         return BatchStream(iter(stream), start_step, copy=worker_processes > 0)
 
-    def _batches(self, rows: range | None) -> _Batches:
+    def _batches(self, rows: Sequence[int] | None) -> _Batches:
         wanted = range(self._global_batch_size) if rows is None else rows
         assert wanted and 0 <= min(wanted) and max(wanted) < self._global_batch_size
         return _Batches(self._rows, self.row_format, self._global_batch_size, wanted)
@@ -152,7 +152,7 @@ class HeldoutData:
         splits = [(d.folder, d.manifest.heldout) for d in self.datasets if d.manifest.heldout.rows]
         self._sources = [row_source(folder, split) for folder, split in splits]
 
-    def batch(self, index: int, rows: range | None = None) -> Batch:
+    def batch(self, index: int, rows: Sequence[int] | None = None) -> Batch:
         """Global batch `index` (0 to num_batches), or those of its `rows` that this process wants."""
         assert 0 <= index < self.num_batches
         first = index * self._global_batch_size

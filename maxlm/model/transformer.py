@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.config import ModelConfig
+from maxlm.kernels.embedding import embedding_lookup
 from maxlm.model.attention import Cache
 from maxlm.model.block import Block
 from maxlm.model.norm import RMSNorm
 from maxlm.model.parameter import matrix
 from maxlm.model.rope import rotation
-from maxlm.parallel.sharding import ACTIVATION, has_mesh, spec, unstack, use
+from maxlm.parallel.sharding import unstack, use
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -60,7 +61,9 @@ class Transformer(nnx.Module):
             return x_BTD
 
         if self.remat != "none":
-            scanned = self.unroll != "all"  # a scan already keeps forward and backward apart
+            # A loop keeps forward and backward apart by itself; without one, or in a loop of one turn, the compiler
+            # would find the recomputed values in the forward pass and keep those instead.
+            scanned = self.unroll != "all" and self.unroll < self.num_repeats
             repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[self.remat], prevent_cse=not scanned)
         x_BTD = self.embed(tokens_BT)
         stacks = self.stacks()
@@ -80,11 +83,7 @@ class Transformer(nnx.Module):
         return tuple(getattr(self, f"layers_{j}") for j in range(len(self.config.layer_pattern)))
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        table_VD = use(self.embedding, self.dtype)
-        if not has_mesh():
-            return table_VD[tokens_BT]
-        table_VD = jax.sharding.reshard(table_VD, jax.sharding.PartitionSpec(None, None))
-        return table_VD.at[tokens_BT].get(out_sharding=spec(("batch", None, None), ACTIVATION))
+        return embedding_lookup(self.embedding[...], tokens_BT, self.dtype)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states: for generation, where T is 1."""

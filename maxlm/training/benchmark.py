@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,10 @@ import numpy as np
 from maxlm import __version__
 from maxlm.config import RunConfig
 from maxlm.flops import training_flops_per_token_full_attention
-from maxlm.kernels.attention import choose_attention
 from maxlm.parallel.mesh import check_divisible, make_mesh
 from maxlm.schema import to_dict
 from maxlm.training.evaluate import local_rows, to_device
-from maxlm.training.state import DTYPES, init_state
+from maxlm.training.state import attention_of, init_state
 from maxlm.training.step import compile_step
 from maxlm.training.throughput import Throughput
 
@@ -56,7 +56,7 @@ def measure(config: RunConfig, *, steps: int = 20, warmup: int = 3, documents: i
     return _record(config, mesh, step, seconds[warmup:], losses, compile_seconds, documents)
 
 
-def synthetic_batch(config: RunConfig, seed: int, documents: int, rows: range) -> dict[str, np.ndarray]:
+def synthetic_batch(config: RunConfig, seed: int, documents: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
     """Random tokens in `documents` equal documents a row: this process's `rows` of a global batch, int32 [rows, T]."""
     shape = (config.train.global_batch_size, config.train.seq_len)
     tokens = np.random.default_rng(seed).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
@@ -68,7 +68,7 @@ def synthetic_batch(config: RunConfig, seed: int, documents: int, rows: range) -
         "segment_ids": np.broadcast_to(starts + 1, shape),
         "positions": np.broadcast_to(np.arange(shape[1]) - first, shape),
     }
-    return {name: np.ascontiguousarray(a[rows.start : rows.stop], dtype=np.int32) for name, a in whole.items()}
+    return {name: np.ascontiguousarray(a[list(rows)], dtype=np.int32) for name, a in whole.items()}
 
 
 def _record(config, mesh, step, seconds, losses, compile_seconds, documents) -> dict[str, Any]:
@@ -77,10 +77,6 @@ def _record(config, mesh, step, seconds, losses, compile_seconds, documents) -> 
     mfu = throughput.mfu(median)
     full = training_flops_per_token_full_attention(config.model, train.seq_len) / throughput.flops_per_token
     memory = step.memory_analysis()
-    kernel, _ = choose_attention(
-        config.compute.attention, platform=device.platform, head_dim=config.model.head_dim, seq_len=train.seq_len,
-        softcap=config.model.attention_softcap, compute_dtype=DTYPES[config.precision.recipe].name,
-    )
     return {
         "benchmark": "train_step",
         "device_kind": device.device_kind,
@@ -92,7 +88,7 @@ def _record(config, mesh, step, seconds, losses, compile_seconds, documents) -> 
         "step_seconds": {"median": median, "min": min(seconds), "max": max(seconds), "count": len(seconds)},
         "compile_seconds": compile_seconds,
         "bytes_per_chip": memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None,
-        "attention": kernel,
+        "attention": attention_of(config, device)[0],
         "documents_per_row": documents,
         "loss_first_last": [losses[0], losses[-1]],
         "config": to_dict(config),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,9 +37,12 @@ class Evaluation(NamedTuple):
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
 
-def make_evaluator(config: RunConfig, mesh: Mesh) -> Callable[[Transformer, Any, range], Evaluation]:
+QUEUED = 2  # batches the device has ahead of it
+
+
+def make_evaluator(config: RunConfig, mesh: Mesh) -> Callable[..., Evaluation | None]:
     """A function (params, held-out data, this process's rows) -> Evaluation over `eval.num_batches` batches (0: all).
-    Batches are dispatched without waiting for one another. `mesh` must be installed."""
+    A fourth argument is asked between batches whether to stop; the result is then None. `mesh` must be installed."""
     objective = functools.partial(summed_loss, z_loss=0.0, chunks=config.compute.loss_chunks)
     options = compiler_options(mesh.devices.flat[0].platform)
 
@@ -47,11 +50,15 @@ def make_evaluator(config: RunConfig, mesh: Mesh) -> Callable[[Transformer, Any,
     def sums(params: Transformer, batch: Batch, bytes_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return objective(params, batch).nll, token_count(batch), jnp.sum(bytes_B)
 
-    def evaluate(params: Transformer, heldout: Any, rows: range) -> Evaluation:
+    def evaluate(params: Transformer, heldout: Any, rows: Sequence[int],
+                 stopped: Callable[[], bool] = lambda: False) -> Evaluation | None:
         count = min(heldout.num_batches, config.eval.num_batches or heldout.num_batches)
         rows_of = NamedSharding(mesh, P(BATCH))
         parts = []
         for index in range(count):
+            jax.block_until_ready(parts[-QUEUED:][:1])
+            if stopped():
+                return None
             batch = heldout.batch(index, rows)
             bytes_B = jax.make_array_from_process_local_data(rows_of, batch["bytes"])
             parts.append(sums(params, to_device(batch, mesh), bytes_B))
@@ -71,10 +78,8 @@ def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     }
 
 
-def local_rows(mesh: Mesh, global_batch_size: int) -> range:
-    """The rows of a global batch that this process's devices hold. They are contiguous: `data` and `fsdp` are the
-    mesh's outer axes and devices are in process order."""
+def local_rows(mesh: Mesh, global_batch_size: int) -> list[int]:
+    """The rows of a global batch that this process's devices hold, in order. On a pod they need not be neighbours:
+    the mesh follows the torus, not the numbering of hosts."""
     held = batch_sharding(mesh).addressable_devices_indices_map((global_batch_size, 1)).values()
-    spans = sorted({rows.indices(global_batch_size)[:2] for rows, _ in held})
-    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)), f"rows of one process have gaps: {spans}"
-    return range(spans[0][0], spans[-1][1])
+    return sorted({row for rows, _ in held for row in range(global_batch_size)[rows]})

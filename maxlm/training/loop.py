@@ -26,7 +26,6 @@ from maxlm.checkpoint import Checkpointer
 from maxlm.config import RunConfig, training_difference
 from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData, TrainingData
-from maxlm.kernels.attention import choose_attention
 from maxlm.parallel.mesh import check_divisible, make_mesh
 from maxlm.resilience import RunLock, StopRequest
 from maxlm.schema import ConfigError, from_dict, to_dict
@@ -34,7 +33,7 @@ from maxlm.training.evaluate import Evaluation, local_rows, make_evaluator, to_d
 from maxlm.training.metrics import MetricsWriter, plot_loss
 from maxlm.training.progress import Progress
 from maxlm.training.saved_run import CHECKPOINTS, DATA, TOKENIZER, TOKENIZER_CONFIG
-from maxlm.training.state import DTYPES, TrainState, abstract_state, init_state
+from maxlm.training.state import TrainState, abstract_state, attention_of, init_state
 from maxlm.training.step import StepMetrics, compile_step
 from maxlm.training.throughput import Throughput
 
@@ -59,13 +58,15 @@ class Outcome:
 def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None = None) -> Outcome:
     """Trains `config` in `run_dir`, from its newest checkpoint if it has one, to `train.num_steps`.
 
-    Raises ConfigError for a user's mistake (before anything is written), CheckpointError where a save or restore
+    Raises ConfigError for a user's mistake (before the run is touched), CheckpointError where a save or restore
     failed, RunStopped where the loss stopped being finite.
     """
     mesh = make_mesh(config.mesh, devices)
     check_divisible(mesh, config.model, config.train)
+    kernel, reason = attention_of(config, mesh.devices.flat[0])
     with RunLock(run_dir, process_index=jax.process_index()), jax.set_mesh(mesh):
         say = _print if jax.process_index() == 0 else _nothing
+        say(f"attention: {kernel}, {reason}")
         folders = datasets_of(config.data, config.train.seq_len, run_dir / DATA)
         sizes = {"seq_len": config.train.seq_len, "global_batch_size": config.train.global_batch_size}
         data = TrainingData(folders, **sizes, seed=config.train.seed)
@@ -110,14 +111,7 @@ class _Run:
         self.data, self.heldout, self.checkpointer = data, heldout, checkpointer
         self.rows = local_rows(mesh, config.train.global_batch_size)
         self.leader = jax.process_index() == 0
-        device = mesh.devices.flat[0]
         self.throughput = Throughput(config, mesh)
-        kernel, reason = choose_attention(
-            config.compute.attention, platform=device.platform, head_dim=config.model.head_dim,
-            seq_len=config.train.seq_len, softcap=config.model.attention_softcap,
-            compute_dtype=DTYPES[config.precision.recipe].name,
-        )
-        say(f"attention: {kernel}, {reason}")
 
     def until_done(self, stop: StopRequest) -> Outcome:
         config, last = self.config, self.config.train.num_steps
@@ -132,9 +126,9 @@ class _Run:
         try:
             step_function = self._compiled(start) if start < last else None
             with Progress(last, start) as self.progress:
-                evaluation = self._evaluate(start, state) if owed or start == last else None
+                evaluation = self._evaluate(start, state, stop) if owed or start == last else None
                 if step_function is None:  # killed or stopped between the last save and the end
-                    return self._end(state, start, False, evaluation)
+                    return self._end(state, start, evaluation is None, evaluation)
                 return self._steps(step_function, state, start, stop)
         finally:
             self._leave()
@@ -192,7 +186,7 @@ class _Run:
         )
         try:
             for index, batch in batches:
-                self._profile(index)
+                self._profile(index, pending)
                 state, metrics = step_function(state, to_device(batch, self.mesh))
                 if pending is not None:
                     self._finished(index, pending)
@@ -205,16 +199,17 @@ class _Run:
                     pending, paused = None, time.perf_counter()
                     # Evaluated first, a saved step has all its rows in metrics.jsonl, whenever the run is killed.
                     # One asked to stop has little time: it saves, and its next start evaluates.
-                    if evaluating and not stopping:
-                        evaluation = self._evaluate(step, state)
-                    if saving:
-                        self._save(step, state, evaluation_owed=bool(stopping and evaluating))
+                    evaluation = self._evaluate(step, state, stop) if evaluating and not stopping else None
+                    owed = bool(evaluating) and evaluation is None
+                    stopping = stopping or owed  # asked to stop while it evaluated
+                    if saving or stopping:
+                        self._save(step, state, evaluation_owed=owed)
                     self.mark += time.perf_counter() - paused
                 if stopping or step == last:
                     break
         finally:
             batches.close()
-            self._profile(None)
+            self._profile(None, pending)
         return self._end(state, step, stopping, evaluation)
 
     def _end(self, state: TrainState, step: int, preempted: bool, evaluation: Evaluation | None) -> Outcome:
@@ -223,8 +218,6 @@ class _Run:
             self.say(f"stopped at step {step} as asked; the same command goes on from there")
             if self.writer:
                 self.writer.write({"step": step, "tokens": self.tokens, "preempted": True})
-        elif self.leader:
-            (self.run_dir / DONE_FILE).write_text(f"{step}\n")
         return Outcome(step, self.tokens, preempted, evaluation, state)
 
     def _finished(self, step: int, metrics: StepMetrics) -> None:
@@ -254,8 +247,12 @@ class _Run:
             self.writer.write(row)
             self.progress.figures(row, (last - step) * seconds)
 
-    def _evaluate(self, step: int, state: TrainState) -> Evaluation:
-        result = self.evaluate(state.params, self.heldout, self.rows)
+    def _evaluate(self, step: int, state: TrainState, stop: StopRequest) -> Evaluation | None:
+        """The held-out result, logged; None where the run was asked to stop meanwhile."""
+        alone = jax.process_count() == 1  # several processes agree on a stop between steps only
+        result = self.evaluate(state.params, self.heldout, self.rows, lambda: alone and stop.should_stop(step))
+        if result is None:
+            return None
         if not result.tokens:
             self.say(f"step {step}: no held-out text to evaluate on")
         elif self.writer and not self.writer.has_evaluation(step):
@@ -274,11 +271,13 @@ class _Run:
         }
         self.checkpointer.save(step, state, meta)
 
-    def _profile(self, index: int | None) -> None:
-        """Starts or stops the trace around step `index`; None stops it at the end."""
+    def _profile(self, index: int | None, pending: StepMetrics | None) -> None:
+        """Starts or stops the trace before step `index`, once the step before it is done; None stops it at the end."""
         first, count = self.config.logging.profile_start, self.config.logging.profile_steps
         if not count:
             return
+        if index in (None, first, first + count):
+            jax.block_until_ready(pending)
         if index == first:
             jax.profiler.start_trace(str(self.run_dir / "profile"))
             self._tracing = True

@@ -7,7 +7,7 @@ from pathlib import Path
 from maxlm.config import RunConfig
 from maxlm.data.folders import datasets_of
 from maxlm.data.manifest import load_manifest
-from maxlm.training.loop import Outcome
+from maxlm.training.loop import DONE_FILE, Outcome
 from maxlm.training.saved_run import DATA, continue_text
 
 SAMPLE_FILE = "sample.txt"
@@ -16,7 +16,7 @@ SAMPLE = {"num_tokens": 160, "temperature": 0.6}
 
 def finish(config: RunConfig, run_dir: Path, outcome: Outcome) -> None:
     """Prints the held-out result beside what general compressors reach on the same text; with
-    `logging.sample_prompt`, prints a sample and writes it to RUN_DIR/sample.txt."""
+    `logging.sample_prompt`, prints a sample and writes it to RUN_DIR/sample.txt. Last, marks the run as done."""
     result = outcome.evaluation
     trained = f"after {outcome.step} steps, {outcome.tokens:,} tokens"
     if result.tokens:
@@ -29,6 +29,7 @@ def finish(config: RunConfig, run_dir: Path, outcome: Outcome) -> None:
         text = continue_text(outcome.state.params, run_dir, config.logging.sample_prompt, **SAMPLE)
         (run_dir / SAMPLE_FILE).write_text(text + "\n")
         print(f"\nsample ({run_dir.name}/{SAMPLE_FILE}):\n{text}\n")
+    (run_dir / DONE_FILE).write_text(f"{outcome.step}\n")
 
 
 def _print_compressors(config: RunConfig, run_dir: Path) -> None:

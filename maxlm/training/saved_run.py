@@ -34,7 +34,9 @@ def load_config_of(run_dir: Path, step: int | None) -> tuple[RunConfig, int]:
     if not run_dir.is_dir():
         raise ConfigError(f"--run-dir {run_dir}: no such folder; give the folder that `maxlm train` wrote")
     step = require_step(run_dir / CHECKPOINTS, step)
-    return from_dict(RunConfig, read_meta(run_dir / CHECKPOINTS, step)["config"]), step
+    config = from_dict(RunConfig, read_meta(run_dir / CHECKPOINTS, step)["config"])
+    here = dataclasses.replace(config.compute, attention="auto")  # this machine's, not the one it was trained on
+    return dataclasses.replace(config, compute=here), step
 
 
 def evaluate(run_dir: Path, step: int | None, data: str | None, batches: int) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from maxlm.config import ScheduleConfig
 
 
 def make_schedule(config: ScheduleConfig, peak: float, num_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak`, then the named shape, reaching `final_fraction * peak` at `num_steps`."""
+    """Linear warm-up to `peak`, then the named shape, reaching `final_fraction * peak` at `num_steps`.
+
+    The first of `warmup_steps` steps has the rate peak / warmup_steps: no step is spent at a rate of 0.
+    """
     warmup, final = config.warmup_steps, config.final_fraction * peak
     after = num_steps - warmup
     shape = {
@@ -19,4 +22,5 @@ def make_schedule(config: ScheduleConfig, peak: float, num_steps: int) -> optax.
     }[config.name]()
     if warmup == 0:
         return shape
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), shape], [warmup])
+    ramp = optax.linear_schedule(peak / warmup, peak + peak / warmup, warmup)  # peak * (step + 1) / warmup
+    return optax.join_schedules([ramp, shape], [warmup])

@@ -29,15 +29,21 @@ class TrainState:
     opt_state: Any
 
 
-def build_model(config: RunConfig, key: jax.Array, platform: str) -> Transformer:
-    """The model of a run with the attention kernel and dtype for `platform` ('cpu', 'gpu', 'tpu')."""
-    dtype = DTYPES[config.precision.recipe]
-    kernel, _ = choose_attention(
-        config.compute.attention, platform=platform, head_dim=config.model.head_dim, seq_len=config.train.seq_len,
-        softcap=config.model.attention_softcap, compute_dtype=dtype.name,
+def attention_of(config: RunConfig, device: jax.Device) -> tuple[str, str]:
+    """(kernel, why): the attention kernel of a run on devices like `device`, which need not be attached."""
+    return choose_attention(
+        config.compute.attention, platform=device.platform, head_dim=config.model.head_dim,
+        seq_len=config.train.seq_len, softcap=config.model.attention_softcap,
+        compute_dtype=DTYPES[config.precision.recipe].name,
+        compute_capability=getattr(device, "compute_capability", None),
     )
+
+
+def build_model(config: RunConfig, key: jax.Array, device: jax.Device) -> Transformer:
+    """The model of a run with the attention kernel and dtype for devices like `device`."""
     return make_transformer(
-        config.model, key, kernel=kernel, dtype=dtype, remat=config.remat.policy, unroll=config.compute.layer_unroll
+        config.model, key, kernel=attention_of(config, device)[0], dtype=DTYPES[config.precision.recipe],
+        remat=config.remat.policy, unroll=config.compute.layer_unroll,
     )
 
 
@@ -59,5 +65,5 @@ def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
 
 
 def _fresh(config: RunConfig, mesh: Mesh) -> TrainState:
-    params = build_model(config, jax.random.key(config.train.seed), mesh.devices.flat[0].platform)
+    params = build_model(config, jax.random.key(config.train.seed), mesh.devices.flat[0])
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer_of(config).init(params))

@@ -53,7 +53,7 @@ def test_the_rows_of_metrics(made):
     assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6]
     assert all(row.keys() >= CONTRACT for row in trained)
     assert all(row["mfu"] is None for row in trained), "a CPU has no known peak"
-    assert trained[0]["learning_rate"] == 0.0 and trained[2]["learning_rate"] == pytest.approx(1e-2)
+    assert trained[0]["learning_rate"] == pytest.approx(5e-3) and trained[2]["learning_rate"] == pytest.approx(1e-2)
     tokens = [row["tokens"] for row in trained]
     assert all(0 < b - a <= 8 * SEQ_LEN for a, b in zip(tokens, tokens[1:], strict=False))
     assert trained[-1]["loss"] < trained[0]["loss"]

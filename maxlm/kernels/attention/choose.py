@@ -9,16 +9,18 @@ _FAST = {platform: name for name, platform in _HOME.items()}
 
 
 def choose_attention(
-    requested: str, *, platform: str, head_dim: int, seq_len: int, softcap: float, compute_dtype: str
+    requested: str, *, platform: str, head_dim: int, seq_len: int, softcap: float, compute_dtype: str,
+    compute_capability: str | None = None,
 ) -> tuple[str, str]:
     """(name, reason): the implementation to pass to `attention`, and in words why it was chosen.
 
-    requested: `compute.attention` of the config. platform: 'cpu', 'gpu' or 'tpu', the one compiled for.
+    requested: `compute.attention` of the config. platform: 'cpu', 'gpu' or 'tpu', the one compiled for;
+    compute_capability: of an NVIDIA GPU, such as '9.0', where it is known.
     'auto' takes the platform's fast path, or 'reference' with the obstacle as the reason. Raises ConfigError
     where a kernel asked for by name cannot run.
     """
     wanted = _FAST.get(platform, "reference") if requested == "auto" else requested
-    obstacle = _obstacle(wanted, platform, head_dim, seq_len, softcap, str(compute_dtype))
+    obstacle = _obstacle(wanted, platform, head_dim, seq_len, softcap, str(compute_dtype), compute_capability)
     if obstacle is None:
         return wanted, f"the fast path of {platform}" if requested == "auto" else "as compute.attention asks"
     if requested == "auto":
@@ -26,12 +28,14 @@ def choose_attention(
     raise ConfigError(f"compute.attention={requested!r} cannot run: {obstacle}; set it to 'auto' or 'reference'")
 
 
-def _obstacle(name, platform, head_dim, seq_len, softcap, compute_dtype) -> str | None:
+def _obstacle(name, platform, head_dim, seq_len, softcap, compute_dtype, compute_capability) -> str | None:
     if name == "reference":
         return None
     if platform != _HOME[name]:
         return f"it runs on {_HOME[name]} and this run is on {platform}"
     if name == "cudnn":
+        if compute_capability is not None and float(compute_capability) < 9:
+            return f"cuDNN takes packed documents from compute capability 9.0 (Hopper) on, not on {compute_capability}"
         if compute_dtype not in ("bfloat16", "float16"):
             return f"cuDNN attention takes bfloat16 or float16, not {compute_dtype} (precision.recipe)"
         if head_dim % 8 or head_dim > 128:
