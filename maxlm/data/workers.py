@@ -59,7 +59,8 @@ def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], workers: int
         for child in children:
             child.kill()
         for child, feeder in zip(children, feeders, strict=True):
-            feeder.join()
+            if feeder.ident is not None:  # an interrupt may come before it is started
+                feeder.join()
             _close(child)
 
 
