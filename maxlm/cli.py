@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     generate.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
     generate.add_argument("--top-p", type=float, default=0.95, help="sample in this share of probability")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=int, default=0, help="0 or more")
 
     bench = _verb(verbs, "bench", _bench, "time the training step of a config")
     bench.add_argument("config")

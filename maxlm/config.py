@@ -365,10 +365,13 @@ RESUMABLE = frozenset(
 def training_difference(saved: RunConfig, now: RunConfig) -> list[str]:
     """Lines 'key: saved -> now' for every field that differs and decides what is trained.
 
-    `data.path` may move because the manifest's digest, not the folder's name, identifies the data
-    (checkpoint/ compares the digest). The step count may grow; a schedule that depends on it is the user's choice.
+    The folders of `data.path` and `data.mixture` may move, because the manifests' digest and not a folder's name
+    identifies the data (training/loop.py compares it). The step count may grow; a schedule that depends on it is the
+    user's choice.
     """
     before, after = flatten(saved), flatten(now)
+    for leaves in (before, after):
+        leaves["data.mixture"] = [dataset.weight for dataset in leaves["data.mixture"]]
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

@@ -113,13 +113,13 @@ def ensure_source(data: DataConfig, seq_len: int, out_dir: str | os.PathLike[str
     assert data.source is not None
     out_dir = os.fspath(out_dir)
     named = data.source in NAMED_SOURCES
-    require(named or os.path.exists(data.source), f"data.source={data.source!r} is not one of "
-            f"{', '.join(NAMED_SOURCES)} and not a path that exists")
     inputs, source = ([], data.source) if named else ([data.source], None)
     if os.path.exists(os.path.join(out_dir, MANIFEST)):
         request = _request(inputs, source, data.tokenizer, seq_len, data.heldout_fraction, "text", None)
         _check_same_request(out_dir, load_manifest(out_dir).request, request)
         return out_dir
+    require(named or os.path.exists(data.source), f"data.source={data.source!r} is not one of "
+            f"{', '.join(NAMED_SOURCES)} and not a path that exists")
     prepare(inputs, source=source, out=out_dir, tokenizer=data.tokenizer, seq_len=seq_len,
             heldout_fraction=data.heldout_fraction)
     return out_dir

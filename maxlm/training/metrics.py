@@ -34,7 +34,10 @@ class MetricsWriter:
     def write(self, row: dict[str, Any]) -> None:
         """One JSON object. Numbers that are not finite are written as null, which JSON can hold."""
         row = {**row, "time": time.time()}
-        self._file.write(json.dumps({k: v if _finite(v) else None for k, v in row.items()}) + "\n")
+        try:
+            self._file.write(json.dumps({k: v if _finite(v) else None for k, v in row.items()}) + "\n")
+        except OSError as error:  # a full disk; the file object does not say whose
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self._board:
             for name, value in row.items():
                 if isinstance(value, float) and name != "time":

@@ -102,6 +102,7 @@ def continue_text(params: Transformer, run_dir: Path, prompt: str, *, num_tokens
         ("--temperature", temperature, temperature >= 0),
         ("--top-k", top_k, top_k >= 0),
         ("--top-p", top_p, 0 < top_p <= 1),
+        ("--seed", seed, 0 <= seed < 2**32),
     ):
         if not fine:
             raise ConfigError(f"{name}={value} is out of range")
