@@ -24,12 +24,12 @@ from maxlm.config import (
 def config() -> RunConfig:
     return RunConfig(
         model=ModelConfig(
-            num_layers=6, hidden_dim=256, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=704, vocab_size=8192,
+            num_layers=4, hidden_dim=256, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=704, vocab_size=4096,
             qk_norm=True,
         ),
-        data=DataConfig(source="python-stdlib", tokenizer="bpe:8192", heldout_fraction=0.02),
-        train=TrainConfig(num_steps=500, global_batch_size=8, seq_len=512),
-        optimizer=OptimizerConfig(name="muon", learning_rate=8e-3, b2=0.99, muon_momentum=0.95),
+        data=DataConfig(source="python-stdlib", tokenizer="bpe:4096", heldout_fraction=0.02),
+        train=TrainConfig(num_steps=1200, global_batch_size=16, seq_len=128),
+        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, b2=0.99, muon_momentum=0.9),
         schedule=ScheduleConfig(name="linear", warmup_steps=20, final_fraction=0.0),
         precision=PrecisionConfig(recipe="float32"),
         compute=ComputeConfig(layer_unroll="all"),
