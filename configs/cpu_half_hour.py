@@ -1,9 +1,10 @@
-"""A decoder that beats xz on the Python standard library, on a laptop's CPU.
+"""The quickstart, wider and longer: aimed at xz's compression of the Python standard library, on a laptop's CPU.
 
     maxlm train configs/cpu_half_hour.py --run-dir runs/cpu_half_hour
 
 Hardware: 2 CPU cores and 24 GiB; half an hour or less.
-Reaches: fewer bits a held-out byte than xz -9 does on the same files; the run's last lines compare them.
+Should reach: fewer bits a held-out byte than xz -9 does on the same files; the run's last lines compare them. Not
+measured to the end yet (docs/LOG.md has the runs that led here).
 """
 
 from maxlm.config import (
