@@ -3,8 +3,8 @@
     maxlm train configs/cpu_half_hour.py --run-dir runs/cpu_half_hour
 
 Hardware: 2 CPU cores and 24 GiB; half an hour or less.
-Should reach: fewer bits a held-out byte than xz -9 does on the same files; the run's last lines compare them. Not
-measured to the end yet (docs/LOG.md has the runs that led here).
+Reaches: not measured to the end yet (docs/LOG.md has the runs that led here). The aim is fewer bits a held-out byte
+than xz -9 has on the same files; the run's last lines compare them.
 """
 
 from maxlm.config import (
