@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, and the terminal."""
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, and `loss.png`."""
 
 from __future__ import annotations
 
