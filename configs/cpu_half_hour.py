@@ -29,7 +29,7 @@ def config() -> RunConfig:
             qk_norm=True,
         ),
         data=DataConfig(source="python-stdlib", tokenizer="bpe:4096", heldout_fraction=0.02),
-        train=TrainConfig(num_steps=1200, global_batch_size=16, seq_len=128),
+        train=TrainConfig(num_steps=1800, global_batch_size=16, seq_len=128),
         optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, b2=0.99, muon_momentum=0.9),
         schedule=ScheduleConfig(name="linear", warmup_steps=20, final_fraction=0.0),
         precision=PrecisionConfig(recipe="float32"),
