@@ -1,6 +1,6 @@
 """Frozen dataclasses as a checked schema: type checks, JSON round trip, nearest-name errors.
 
-Standard library only. What the fields mean is in config.py.
+Standard library only. What the fields mean is in config/.
 """
 
 from __future__ import annotations
@@ -19,6 +19,18 @@ class ConfigError(ValueError):
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def positive(section: str, **values: float) -> None:
+    """Raises ConfigError, naming the field, for a value that is not above 0."""
+    for name, value in values.items():
+        require(value > 0, f"{section}.{name}={value!r} must be greater than 0")
+
+
+def not_negative(section: str, **values: float) -> None:
+    """Raises ConfigError, naming the field, for a value below 0."""
+    for name, value in values.items():
+        require(value >= 0, f"{section}.{name}={value!r} must be 0 or greater")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

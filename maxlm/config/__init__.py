@@ -4,6 +4,7 @@ A run is one `RunConfig`. `configs/*.py` build one, `--set a.b=c` edits one (ove
 resolved value is saved with the run as `config.json` and read back by `from_dict`. Every dataclass
 checks itself on construction and raises `schema.ConfigError`, a `ValueError` that names the field and the fix.
 
+The sections of the model and of resilience have files of their own (model.py, resilience.py).
 Standard library only: reading a config must never start an accelerator runtime.
 """
 
@@ -12,95 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from maxlm.schema import check_types, flatten, require
-
-
-def _positive(section: str, **values: float) -> None:
-    for name, value in values.items():
-        require(value > 0, f"{section}.{name}={value!r} must be greater than 0")
-
-
-def _not_negative(section: str, **values: float) -> None:
-    for name, value in values.items():
-        require(value >= 0, f"{section}.{name}={value!r} must be 0 or greater")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its long-context scalings.
-
-    linear: positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595).
-    llama3: low frequencies divided by `factor`, a ramp between the two frequency factors (Llama 3.1).
-    yarn: NTK-by-parts with attention temperature (Peng et al. 2023, arXiv:2309.00071).
-    """
-
-    theta: float = 10_000.0
-    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: float = 1.0
-    original_max_len: int = 8192
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-
-    def __post_init__(self) -> None:
-        check_types(self, "model.rope")
-        _positive("model.rope", factor=self.factor, original_max_len=self.original_max_len,
-                  beta_fast=self.beta_fast, beta_slow=self.beta_slow)
-        require(self.theta > 1, f"model.rope.theta={self.theta} must be greater than 1")
-        require(
-            self.low_freq_factor < self.high_freq_factor,
-            f"model.rope.low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}",
-        )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A decoder-only transformer. `layer_pattern` repeats over the layers and is the unit of the layer loop."""
-
-    num_layers: int = 12
-    hidden_dim: int = 768
-    num_heads: int = 12
-    num_kv_heads: int = 12
-    head_dim: int = 64
-    mlp_dim: int = 3072
-    vocab_size: int = 32_768
-    tie_embeddings: bool = True
-    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"  # gelu: no gate, two matrices
-    norm_placement: Literal["pre", "post", "both"] = "pre"  # 'post' norms each sublayer's output (OLMo 2)
-    norm_eps: float = 1e-5
-    qk_norm: bool = False
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)
-    sliding_window: int = 4096  # tokens a 'local' layer sees, its own included
-    attention_softcap: float = 0.0  # 0 means none (Gemma 2, arXiv:2408.00118)
-    logit_softcap: float = 0.0
-    init_std: float = 0.02
-    num_experts: int = 0
-    experts_per_token: int = 0
-    expert_dim: int = 0
-
-    def __post_init__(self) -> None:
-        check_types(self, "model")
-        for name in ("num_layers", "hidden_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size",
-                     "norm_eps", "sliding_window", "init_std"):
-            _positive("model", **{name: getattr(self, name)})
-        _not_negative("model", attention_softcap=self.attention_softcap, logit_softcap=self.logit_softcap)
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}",
-        )
-        require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even (rotary embedding pairs dims)")
-        require(len(self.layer_pattern) > 0, "model.layer_pattern must name at least one layer kind")
-        require(
-            self.num_layers % len(self.layer_pattern) == 0,
-            f"model.num_layers={self.num_layers} must be a multiple of the {len(self.layer_pattern)} layers of "
-            "model.layer_pattern",
-        )
-        require(
-            self.num_experts == 0 and self.experts_per_token == 0 and self.expert_dim == 0,
-            "model.num_experts, experts_per_token and expert_dim must be 0: mixture of experts is not built yet",
-        )
+from maxlm.config.model import ModelConfig
+from maxlm.config.model import RopeConfig as RopeConfig
+from maxlm.config.resilience import ResilienceConfig
+from maxlm.schema import check_types, flatten, not_negative, positive, require
 
 
 @dataclass(frozen=True)
@@ -112,7 +28,7 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "data.mixture")
-        _positive("data.mixture", weight=self.weight)
+        positive("data.mixture", weight=self.weight)
 
 
 @dataclass(frozen=True)
@@ -134,8 +50,8 @@ class DataConfig:
         given = [n for n in ("path", "source", "mixture") if getattr(self, n)]
         require(len(given) <= 1, f"data.{' and data.'.join(given)} are both given: keep one of path, source, mixture")
         require(0 < self.heldout_fraction < 1, f"data.heldout_fraction={self.heldout_fraction} must be between 0 and 1")
-        _positive("data", read_threads=self.read_threads, prefetch_batches=self.prefetch_batches)
-        _not_negative("data", worker_processes=self.worker_processes)
+        positive("data", read_threads=self.read_threads, prefetch_batches=self.prefetch_batches)
+        not_negative("data", worker_processes=self.worker_processes)
 
 
 @dataclass(frozen=True)
@@ -151,9 +67,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "train")
-        _positive("train", num_steps=self.num_steps, global_batch_size=self.global_batch_size, seq_len=self.seq_len,
+        positive("train", num_steps=self.num_steps, global_batch_size=self.global_batch_size, seq_len=self.seq_len,
                   grad_accumulation=self.grad_accumulation)
-        _not_negative("train", z_loss=self.z_loss, seed=self.seed)
+        not_negative("train", z_loss=self.z_loss, seed=self.seed)
         require(self.seed < 2**32, f"train.seed={self.seed} must be below 2**32")
         require(
             self.global_batch_size % self.grad_accumulation == 0,
@@ -181,8 +97,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "optimizer")
-        _positive("optimizer", learning_rate=self.learning_rate, eps=self.eps)
-        _not_negative("optimizer", weight_decay=self.weight_decay, clip_norm=self.clip_norm)
+        positive("optimizer", learning_rate=self.learning_rate, eps=self.eps)
+        not_negative("optimizer", weight_decay=self.weight_decay, clip_norm=self.clip_norm)
         for name in ("b1", "b2", "muon_momentum"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
 
@@ -201,7 +117,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "schedule")
-        _not_negative("schedule", warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
+        not_negative("schedule", warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
         require(0 <= self.final_fraction <= 1, f"schedule.final_fraction={self.final_fraction} must be in [0, 1]")
         require(self.name != "wsd" or self.decay_steps > 0, "schedule.decay_steps must be set for schedule.name='wsd'")
 
@@ -282,8 +198,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "checkpoint")
-        _positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
-        _not_negative("checkpoint", keep_every=self.keep_every)
+        positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
+        not_negative("checkpoint", keep_every=self.keep_every)
         require(
             self.keep_every % self.every_steps == 0,
             f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every_steps={self.every_steps}",
@@ -299,7 +215,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "eval")
-        _not_negative("eval", every_steps=self.every_steps, num_batches=self.num_batches)
+        not_negative("eval", every_steps=self.every_steps, num_batches=self.num_batches)
 
 
 @dataclass(frozen=True)
@@ -314,8 +230,8 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "logging")
-        _positive("logging", every_steps=self.every_steps)
-        _not_negative("logging", profile_start=self.profile_start, profile_steps=self.profile_steps)
+        positive("logging", every_steps=self.every_steps)
+        not_negative("logging", profile_start=self.profile_start, profile_steps=self.profile_steps)
 
 
 @dataclass(frozen=True)
@@ -333,6 +249,7 @@ class RunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
@@ -358,7 +275,8 @@ class RunConfig:
 # What only changes how a run runs, and so may differ when it resumes. Everything else decides what is trained.
 RESUMABLE = frozenset(
     {"mesh", "remat", "compute", "checkpoint", "eval", "logging", "train.num_steps", "data.path", "data.read_threads",
-     "data.worker_processes", "data.prefetch_batches"}
+     "data.worker_processes", "data.prefetch_batches", "resilience.digest_every_steps",
+     "resilience.corruption_check_every_steps"}
 )
 
 
