@@ -1,6 +1,9 @@
-"""What keeps a run safe: one process group a run directory (run_lock.py), stopping on request (preemption.py)."""
+"""What keeps a run safe: one process group a run directory (run_lock.py), stopping on request (preemption.py) or for
+its own safety (stopped.py), and a record of every step (ledger.py)."""
 
+from maxlm.resilience.ledger import Ledger, lineage_of, read_ledger
 from maxlm.resilience.preemption import StopRequest
 from maxlm.resilience.run_lock import RunLock
+from maxlm.resilience.stopped import RunStopped
 
-__all__ = ["RunLock", "StopRequest"]
+__all__ = ["Ledger", "RunLock", "RunStopped", "StopRequest", "lineage_of", "read_ledger"]

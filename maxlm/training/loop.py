@@ -27,7 +27,7 @@ from maxlm.config import RunConfig, training_difference
 from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData, TrainingData
 from maxlm.parallel.mesh import check_divisible, make_mesh
-from maxlm.resilience import RunLock, StopRequest
+from maxlm.resilience import RunLock, RunStopped, StopRequest
 from maxlm.schema import ConfigError, from_dict, to_dict
 from maxlm.training.evaluate import Evaluation, local_rows, make_evaluator, to_device
 from maxlm.training.metrics import MetricsWriter, plot_loss
@@ -35,13 +35,10 @@ from maxlm.training.progress import Progress
 from maxlm.training.saved_run import CHECKPOINTS, DATA, TOKENIZER, TOKENIZER_CONFIG
 from maxlm.training.state import TrainState, abstract_state, attention_of, init_state
 from maxlm.training.step import StepMetrics, compile_step
+from maxlm.training.step_ledger import StepLedger
 from maxlm.training.throughput import Throughput
 
 CONFIG_FILE, DONE_FILE = "config.json", "DONE"
-
-
-class RunStopped(RuntimeError):
-    """The run stopped for its own safety; everything up to the last good step is saved. Exit code 3."""
 
 
 @dataclass
@@ -115,7 +112,8 @@ class _Run:
 
     def until_done(self, stop: StopRequest) -> Outcome:
         config, last = self.config, self.config.train.num_steps
-        state, start, tokens, owed = self._state()
+        state, start, meta = self._state()
+        tokens, owed = meta.get("data", {}).get("tokens", 0), meta.get("evaluation_owed", False)
         if start == last and (self.run_dir / DONE_FILE).exists():
             self.say(f"{self.run_dir.name}: already trained to step {start}; raise train.num_steps to go on")
             return Outcome(start, tokens, False, None, state)
@@ -123,7 +121,9 @@ class _Run:
         self.tokens = tokens
         self.evaluate = make_evaluator(config, self.mesh)
         self.writer = MetricsWriter(self.run_dir, start, config.logging.tensorboard) if self.leader else None
+        self.ledger = StepLedger(config, self.run_dir, self.mesh, self.data.digest)
         try:
+            self.ledger.begin(start, state, meta.get("ledger"))
             step_function = self._compiled(start) if start < last else None
             with Progress(last, start) as self.progress:
                 evaluation = self._evaluate(start, state, stop) if owed or start == last else None
@@ -141,25 +141,24 @@ class _Run:
         return step_function
 
     def _leave(self) -> None:
-        """Closes the metrics and draws them, also when the run ends with an error; that error is not replaced."""
-        if not self.writer:
-            return
+        """Closes ledger and metrics and draws them, also when the run ends with an error; that is not replaced."""
         with contextlib.ExitStack() as errors:
             if sys.exc_info()[0] is not None:
                 errors.enter_context(contextlib.suppress(OSError))
-            self.writer.close()
-            plot_loss(self.run_dir)
+            errors.callback(self.ledger.close)
+            if self.writer:
+                self.writer.close()
+                plot_loss(self.run_dir)
 
-    def _state(self) -> tuple[TrainState, int, int, bool]:
-        """(state, its step, tokens seen, whether that step still owes its evaluation): the newest checkpoint's, or
-        fresh."""
+    def _state(self) -> tuple[TrainState, int, dict[str, Any]]:
+        """(state, its step, what was saved with it): the newest checkpoint's, or fresh."""
         newest = self.checkpointer.latest_step()
         if newest is None:
-            return init_state(self.config, self.mesh), 0, 0, False
+            return init_state(self.config, self.mesh), 0, {}
         meta = resumed_config(self.checkpointer, newest, self.config, self.data.digest)
         state = self.checkpointer.restore(newest, abstract_state(self.config, self.mesh))
         self.say(f"resumed from step {newest}")
-        return state, newest, meta["data"]["tokens"], meta.get("evaluation_owed", False)
+        return state, newest, meta
 
     def _record_config(self) -> None:
         if not self.leader:
@@ -194,6 +193,7 @@ class _Run:
                 stopping = stop.should_stop(step)
                 saving = stopping or step == last or step % config.checkpoint.every_steps == 0
                 evaluating = step == last or (config.eval.every_steps and step % config.eval.every_steps == 0)
+                self.ledger.dispatched(step, index, state, saving=saving)
                 if saving or evaluating:
                     self._finished(step, pending)
                     pending, paused = None, time.perf_counter()
@@ -222,7 +222,9 @@ class _Run:
 
     def _finished(self, step: int, metrics: StepMetrics) -> None:
         """Step `step` is done or about to be: takes in its metrics, and logs when it is time to."""
-        loss, grad_norm, update_norm, rate, tokens = (float(value) for value in jax.device_get(metrics))
+        metrics = jax.device_get(metrics)
+        self.ledger.finished(step, metrics)
+        loss, grad_norm, update_norm, rate, tokens = (float(value) for value in metrics[:5])
         self.tokens += int(tokens)
         if not math.isfinite(loss + update_norm):
             newest = self.checkpointer.latest_step()
@@ -267,6 +269,7 @@ class _Run:
             "evaluation_owed": evaluation_owed,
             "config": to_dict(self.config),
             "data": {"digest": self.data.digest, "step": step, "tokens": self.tokens},
+            "ledger": self.ledger.meta(step, state),
             "versions": {"maxlm": __version__, "jax": jax.__version__},
         }
         self.checkpointer.save(step, state, meta)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from maxlm.config import RunConfig
 from maxlm.hardware import compiler_options
 from maxlm.parallel.sharding import ACTIVATION, batch_sharding, has_mesh, spec
+from maxlm.training.digest import tree_digest
 from maxlm.training.loss import Batch, summed_loss, token_count
 from maxlm.training.schedule import make_schedule
 from maxlm.training.state import TrainState, abstract_state, optimizer_of
@@ -22,13 +23,15 @@ from maxlm.training.state import TrainState, abstract_state, optimizer_of
 
 class StepMetrics(NamedTuple):
     """Scalars of one step: mean loss in nats a token, norms of the whole gradient (before clipping) and update,
-    the learning rate it used, and the tokens that had a target."""
+    the learning rate it used, the tokens that had a target; and a digest of the batch as the device saw it, uint32 [2].
+    """
 
     loss: jax.Array
     grad_norm: jax.Array
     update_norm: jax.Array
     learning_rate: jax.Array
     tokens: jax.Array
+    batch_digest: jax.Array
 
 
 def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTransformation,
@@ -54,6 +57,7 @@ def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTran
         update_norm=optax.tree.norm(updates),
         learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
         tokens=tokens,
+        batch_digest=tree_digest(batch),
     )
     return TrainState(state.step + 1, params, opt_state), metrics
 
