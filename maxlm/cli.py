@@ -1,7 +1,7 @@
 """`maxlm VERB ...`: reads the command line, calls the code that does it, turns mistakes into one line.
 
 Exit codes: 0 done (or stopped on request and saved), 2 a user's mistake, 3 a run stopped for its own safety,
-130 interrupted before there was anything to save.
+75 another process of the run is gone (start all again), 130 interrupted before there was anything to save.
 Each verb imports what it needs when it runs, so that `--help` and a misspelt key answer at once.
 """
 
@@ -12,14 +12,25 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from maxlm import __version__
+from maxlm.parallel.distributed import (
+    CRASHED,
+    PEER_LOST,
+    USER_MISTAKE,
+    PeerError,
+    leave,
+    lost_peer,
+    processes,
+    together,
+)
 from maxlm.schema import ConfigError
 
-USER_MISTAKE, UNSAFE, INTERRUPTED = 2, 3, 130
+UNSAFE, INTERRUPTED = 3, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +44,14 @@ class _Parser(argparse.ArgumentParser):
 def run() -> NoReturn:
     """The `maxlm` command: `main` in a process that keeps large memory in huge pages."""
     use_huge_pages()
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = CRASHED
+    if code:
+        leave(code)
+    sys.exit(code)
 
 
 def use_huge_pages() -> None:
@@ -57,8 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a path that the user named and the system refused
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}", USER_MISTAKE)
+    except PeerError as error:
+        return _complain(error, error.exit_code)
     except RuntimeError as error:  # told apart by name, so that no verb imports what it does not use
         kind = type(error).__name__
+        if lost := lost_peer(error):
+            return _complain(f"another process of this run is gone ({lost}): see what it says; the same command on "
+                             "all of them goes on from the last checkpoint", PEER_LOST)
         if kind == "CheckpointError":
             return _complain(error, USER_MISTAKE)
         if kind == "RunStopped":
@@ -93,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="a Python file with config() -> RunConfig, such as configs/quickstart.py")
     train.add_argument("--run-dir", required=True, type=Path, help="where everything of this run is written")
     _add_overrides(train)
+    _add_processes(train)
 
     evaluate = _verb(verbs, "eval", _eval, "held-out loss, perplexity and bits per byte, as JSON")
     _add_checkpoint(evaluate)
@@ -130,6 +154,14 @@ def _verb(verbs, name, function, text) -> argparse.ArgumentParser:
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="change a field of the config, such as model.num_layers=4; repeatable")
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    several = parser.add_argument_group("several processes", "All three, or none: then Slurm, Open MPI and TPU slices "
+                                        "are detected, and anything else is one process.")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, on a free port")
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0 to N - 1")
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -175,14 +207,18 @@ def _start_jax() -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from maxlm.overrides import apply_overrides, load_config
 
-    config = apply_overrides(load_config(arguments.config), arguments.overrides)
-    _start_jax()
-    from maxlm.training.loop import train
-    from maxlm.training.report import finish
+    with processes(arguments.coordinator, arguments.num_processes, arguments.process_id) as several:
+        if several:
+            _start_jax()  # before they first agree, which compiles
+        with together("reading the config"):
+            config = apply_overrides(load_config(arguments.config), arguments.overrides)
+        _start_jax()
+        from maxlm.training.loop import train
+        from maxlm.training.report import finish
 
-    outcome = train(config, arguments.run_dir)
-    if outcome.evaluation is not None:
-        finish(config, arguments.run_dir, outcome)
+        outcome = train(config, arguments.run_dir)
+        if outcome.evaluation is not None:
+            finish(config, arguments.run_dir, outcome)
     return 0
 
 

@@ -26,6 +26,7 @@ from maxlm.checkpoint import Checkpointer
 from maxlm.config import RunConfig, training_difference
 from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData, TrainingData
+from maxlm.parallel.distributed import check_identical, together
 from maxlm.parallel.mesh import check_divisible, make_mesh
 from maxlm.resilience import RunLock, RunStopped, StopRequest
 from maxlm.schema import ConfigError, from_dict, to_dict
@@ -55,23 +56,32 @@ class Outcome:
 def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None = None) -> Outcome:
     """Trains `config` in `run_dir`, from its newest checkpoint if it has one, to `train.num_steps`.
 
+    Every process of a run calls it alike (parallel/distributed.py); process 0 alone writes what is not a checkpoint.
     Raises ConfigError for a user's mistake (before the run is touched), CheckpointError where a save or restore
-    failed, RunStopped where the loss stopped being finite.
+    failed, RunStopped where the loss stopped being finite, PeerError where another process failed while setting up.
     """
-    mesh = make_mesh(config.mesh, devices)
-    check_divisible(mesh, config.model, config.train)
-    kernel, reason = attention_of(config, mesh.devices.flat[0])
-    with RunLock(run_dir, process_index=jax.process_index()), jax.set_mesh(mesh):
-        say = _print if jax.process_index() == 0 else _nothing
+    leader = jax.process_index() == 0
+    with contextlib.ExitStack() as held:
+        with together("setting up"):
+            mesh = make_mesh(config.mesh, devices)
+            check_divisible(mesh, config.model, config.train)
+            kernel, reason = attention_of(config, mesh.devices.flat[0])
+            held.enter_context(RunLock(run_dir, process_index=jax.process_index()))
+            if leader:  # prepares data.source on first use; the others wait here, and then find it prepared
+                datasets_of(config.data, config.train.seq_len, run_dir / DATA)
+        held.enter_context(jax.set_mesh(mesh))
+        say = _print if leader else _nothing
         say(f"attention: {kernel}, {reason}")
-        folders = datasets_of(config.data, config.train.seq_len, run_dir / DATA)
-        sizes = {"seq_len": config.train.seq_len, "global_batch_size": config.train.global_batch_size}
-        data = TrainingData(folders, **sizes, seed=config.train.seed)
-        heldout = HeldoutData(folders, **sizes)
-        _check_vocabulary(config, data)
-        checkpoints = run_dir / CHECKPOINTS
+        with together("opening the data"):
+            folders = datasets_of(config.data, config.train.seq_len, run_dir / DATA)
+            sizes = {"seq_len": config.train.seq_len, "global_batch_size": config.train.global_batch_size}
+            data = TrainingData(folders, **sizes, seed=config.train.seed)
+            heldout = HeldoutData(folders, **sizes)
+            _check_vocabulary(config, data)
+        check_identical({"the config": json.dumps(to_dict(config)), "the prepared data": data.digest,
+                         "the maxlm version": __version__, "the jax version": jax.__version__})
         keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
-        with StopRequest() as stop, Checkpointer(checkpoints, **keep) as checkpointer:
+        with StopRequest() as stop, Checkpointer(run_dir / CHECKPOINTS, **keep) as checkpointer:
             run = _Run(config, run_dir, mesh, data, heldout, checkpointer, say)
             return run.until_done(stop)
 
@@ -125,7 +135,7 @@ class _Run:
         try:
             self.ledger.begin(start, state, meta.get("ledger"))
             step_function = self._compiled(start) if start < last else None
-            with Progress(last, start) as self.progress:
+            with Progress(last, start, shown=self.leader) as self.progress:
                 evaluation = self._evaluate(start, state, stop) if owed or start == last else None
                 if step_function is None:  # killed or stopped between the last save and the end
                     return self._end(state, start, evaluation is None, evaluation)

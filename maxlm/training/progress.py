@@ -8,14 +8,17 @@ from typing import Any
 
 
 class Progress:
-    """Context manager over `total` steps, `done` of them made by an earlier start. Writes to stderr."""
+    """Context manager over `total` steps, `done` of them made by an earlier start. Writes to stderr.
 
-    def __init__(self, total: int, done: int):
-        self.total, self.done = total, done
+    shown: of several processes one shows the bar.
+    """
+
+    def __init__(self, total: int, done: int, *, shown: bool = True):
+        self.total, self.done, self.shown = total, done, shown
         self._bar = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar

@@ -94,9 +94,19 @@ def _restored_params(config: RunConfig, run_dir: Path, step: int, mesh: Mesh) ->
     return restore_state(run_dir / CHECKPOINTS, step, like)["params"]
 
 
+def on_host(params: Transformer) -> Transformer:
+    """The parameters as numpy arrays on every process. Collective, one array after another."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, params)
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), params)
+
+
 def continue_text(params: Transformer, run_dir: Path, prompt: str, *, num_tokens: int, seed: int = 0,
                   temperature: float = 0.8, top_k: int = 0, top_p: float = 0.95) -> str:
-    """`prompt` and `num_tokens` sampled tokens after it, cut at the end of the document. Deterministic in `seed`."""
+    """`prompt` and `num_tokens` sampled tokens after it, cut at the end of the document. Deterministic in `seed`.
+    Samples on one device of this process; `params` must be whole here (`on_host`)."""
     for name, value, fine in (
         ("--tokens", num_tokens, num_tokens > 0),
         ("--temperature", temperature, temperature >= 0),
@@ -108,7 +118,7 @@ def continue_text(params: Transformer, run_dir: Path, prompt: str, *, num_tokens
             raise ConfigError(f"{name}={value} is out of range")
     tokenizer = tokenizer_of(run_dir)
     ids = [tokenizer.eot_id, *tokenizer.encode_batch([prompt])[0].tolist()]
-    params = jax.tree.map(lambda a: jax.device_put(np.asarray(a), jax.devices()[0]), params)
+    params = jax.tree.map(lambda a: jax.device_put(np.asarray(a), jax.local_devices()[0]), params)
     new = sample(params, jnp.asarray([ids], jnp.int32), jax.random.key(seed), num_tokens=num_tokens,
                  temperature=temperature, top_k=top_k, top_p=top_p)
     tokens = np.asarray(new)[0].tolist()
