@@ -1,8 +1,9 @@
 """Batches of packed rows for training and evaluation.
 
-A training batch is a pure function of (prepared folders, weights, seed, step): the rows of global batch `step` are
-elements step * global_batch_size onwards of mixture.mixed_rows. A process asks for its own rows of it, so the
-global batch is the same for any number of processes, and resuming is giving the step.
+A training batch is a pure function of (prepared folders, weights, seed, data index): the rows of global batch `index`
+are elements index * global_batch_size onwards of mixture.mixed_rows. A process asks for its own rows of it, so the
+global batch is the same for any number of processes, and resuming is giving the step. The data index of a step is the
+step, until data is skipped (skipping.py).
 
 A batch is a dict of numpy arrays: int32 tokens, targets, segment_ids, positions [rows, seq_len] and bytes [rows]
 (see rows.RowFormat.decode).
@@ -18,6 +19,7 @@ import numpy as np
 from maxlm.config import DatasetConfig
 from maxlm.data.mixture import mixed_rows, mixture_digest, open_datasets, row_source
 from maxlm.data.rows import Batch, RowFormat
+from maxlm.data.skipping import Skipped, data_index
 from maxlm.schema import require
 
 _ENDLESS = 1 << 40  # steps
@@ -26,15 +28,15 @@ _ENDLESS = 1 << 40  # steps
 class _Batches:
     """Random access by step, as a Grain source: picklable, and all that a reading thread or process needs."""
 
-    def __init__(self, rows: Any, fmt: RowFormat, global_batch_size: int, wanted: Sequence[int]):
-        self._rows, self._fmt = rows, fmt
+    def __init__(self, rows: Any, fmt: RowFormat, global_batch_size: int, wanted: Sequence[int], skipped: Skipped):
+        self._rows, self._fmt, self._skipped = rows, fmt, skipped
         self._global_batch_size, self._wanted = global_batch_size, wanted
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, step: int) -> Batch:
-        first = int(step) * self._global_batch_size
+        first = data_index(int(step), self._skipped) * self._global_batch_size
         return self._fmt.decode([self._rows[first + row] for row in self._wanted])
 
 
@@ -93,22 +95,24 @@ class TrainingData:
         )
         self._rows = mixed_rows(self.datasets, seed)
 
-    def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
-        """Global batch `step`, or those of its `rows` (0 to global_batch_size) that this process wants."""
-        return self._batches(rows)[step]
+    def batch(self, index: int, rows: Sequence[int] | None = None) -> Batch:
+        """The global batch at data index `index`, or those of its `rows` (0 to global_batch_size) that this process
+        wants."""
+        return self._batches(rows)[index]
 
     def iterate(
         self, start_step: int, rows: Sequence[int] | None = None, *, read_threads: int = 4, worker_processes: int = 0,
-        prefetch_batches: int = 8,
+        prefetch_batches: int = 8, skipped: Skipped = (),
     ) -> BatchStream:
-        """(step, batch) from `start_step` on, equal to `batch(step, rows)`, read ahead by `prefetch_batches`.
+        """(step, batch) from `start_step` on, equal to `batch(data_index(step, skipped), rows)`, read ahead by
+        `prefetch_batches`.
 
         `worker_processes` above 0 reads in that many spawned processes, each with `read_threads`; a script that
         asks for them needs the usual `if __name__ == "__main__"`.
         """
         import grain
 
-        dataset = grain.MapDataset.source(self._batches(rows)).slice(slice(start_step, None))
+        dataset = grain.MapDataset.source(self._batches(rows, skipped)).slice(slice(start_step, None))
         workers = max(1, worker_processes)
         each = max(1, -(-prefetch_batches // workers))
         stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=each))
@@ -119,10 +123,10 @@ class TrainingData:
             )
         return BatchStream(iter(stream), start_step, copy=worker_processes > 0)
 
-    def _batches(self, rows: Sequence[int] | None) -> _Batches:
+    def _batches(self, rows: Sequence[int] | None, skipped: Skipped = ()) -> _Batches:
         wanted = range(self._global_batch_size) if rows is None else rows
         assert wanted and 0 <= min(wanted) and max(wanted) < self._global_batch_size
-        return _Batches(self._rows, self.row_format, self._global_batch_size, wanted)
+        return _Batches(self._rows, self.row_format, self._global_batch_size, wanted, skipped)
 
 
 def _let_grain_read_its_flags() -> None:

@@ -28,6 +28,13 @@ def make_optimizer(config: OptimizerConfig, schedule: ScheduleConfig, num_steps:
     return optax.chain(clip, optax.partition({"adamw": adamw, "muon": muon}, _labels))
 
 
+def updates_made(opt_state: Any) -> jax.Array:
+    """How many updates an optimizer's state has made, int32: what its learning rate is a function of. Skipped updates
+    are not among them."""
+    is_schedule = lambda state: isinstance(state, optax.ScaleByScheduleState)  # noqa: E731
+    return next(filter(is_schedule, jax.tree.leaves(opt_state, is_leaf=is_schedule))).count
+
+
 def _finish(direction: optax.GradientTransformation, config: OptimizerConfig,
             learning_rate: optax.Schedule) -> optax.GradientTransformation:
     """A direction, decoupled weight decay, and the learning rate on both."""

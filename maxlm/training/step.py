@@ -17,13 +17,15 @@ from maxlm.hardware import compiler_options
 from maxlm.parallel.sharding import ACTIVATION, batch_sharding, has_mesh, spec
 from maxlm.training.digest import tree_digest
 from maxlm.training.loss import Batch, summed_loss, token_count
+from maxlm.training.optimizer import updates_made
 from maxlm.training.schedule import make_schedule
 from maxlm.training.state import TrainState, abstract_state, optimizer_of
 
 
 class StepMetrics(NamedTuple):
     """Scalars of one step: mean loss in nats a token, norms of the whole gradient (before clipping) and update,
-    the learning rate it used, the tokens that had a target; and a digest of the batch as the device saw it, uint32 [2].
+    the learning rate it used, the tokens that had a target, 1 where the update was skipped, else 0; and a digest of the
+    batch as the device saw it, uint32 [2].
     """
 
     loss: jax.Array
@@ -31,13 +33,19 @@ class StepMetrics(NamedTuple):
     update_norm: jax.Array
     learning_rate: jax.Array
     tokens: jax.Array
+    skipped: jax.Array
     batch_digest: jax.Array
 
 
 def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTransformation,
                schedule: Callable[[jax.Array], jax.Array], microbatches: int, z_loss: float,
                chunks: int | str) -> tuple[TrainState, StepMetrics]:
-    """One update. The loss is the mean over the whole batch's tokens, however they fall into microbatches."""
+    """One update. The loss is the mean over the whole batch's tokens, however they fall into microbatches.
+
+    Where the loss or the gradient's norm is not finite the update is skipped: parameters and optimizer state, the
+    count that drives the learning rate included, keep their bits, and `step` advances. Each new value is selected where
+    it is made, inside the optimizer's own pass over the state: no host is asked and nothing is copied.
+    """
     tokens = token_count(batch)
 
     def objective(params: Any, part: Batch) -> tuple[jax.Array, jax.Array]:
@@ -49,14 +57,20 @@ def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTran
         (_, loss), grads = gradient(state.params, batch)
     else:
         loss, grads = _accumulate(gradient, state.params, batch, microbatches)
+    grad_norm = optax.tree.norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jax.lax.select(good, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
     metrics = StepMetrics(
         loss=loss,
-        grad_norm=optax.tree.norm(grads),
-        update_norm=optax.tree.norm(updates),
-        learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+        grad_norm=grad_norm,
+        update_norm=jnp.where(good, optax.tree.norm(updates), 0.0),
+        learning_rate=jnp.asarray(schedule(updates_made(state.opt_state)), jnp.float32),
         tokens=tokens,
+        skipped=(~good).astype(jnp.int32),
         batch_digest=tree_digest(batch),
     )
     return TrainState(state.step + 1, params, opt_state), metrics

@@ -24,7 +24,7 @@ def step(batch, microbatches):
     """(loss, gradient), the latter read off a step of plain gradient descent at rate 1."""
     config = tiny_config(model=dict(num_layers=1, layer_pattern=["global"], qk_norm=False)).model
     params = make_transformer(config, jax.random.key(0))
-    optimizer = optax.sgd(1.0)
+    optimizer = optax.sgd(lambda count: 1.0)
     state = TrainState(jax.numpy.int32(0), params, optimizer.init(params))
     run = jax.jit(functools.partial(
         train_step, optimizer=optimizer, schedule=lambda step: 1.0, microbatches=microbatches, z_loss=1e-3, chunks=1))
