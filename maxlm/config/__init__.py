@@ -274,15 +274,15 @@ class RunConfig:
 
 # What only changes how a run runs, and so may differ when it resumes. Everything else decides what is trained.
 RESUMABLE = frozenset(
-    {"mesh", "remat", "compute", "checkpoint", "eval", "logging", "train.num_steps", "data.path", "data.read_threads",
-     "data.worker_processes", "data.prefetch_batches", "resilience.digest_every_steps",
-     "resilience.corruption_check_every_steps"}
+    {"mesh", "remat", "compute", "checkpoint", "eval", "logging", "resilience", "train.num_steps", "data.path",
+     "data.read_threads", "data.worker_processes", "data.prefetch_batches"}
 )
 
 
 def training_difference(saved: RunConfig, now: RunConfig) -> list[str]:
     """Lines 'key: saved -> now' for every field that differs and decides what is trained.
 
+    `resilience` decides about training only once something went wrong, and so may change, as a person would have it.
     The folders of `data.path` and `data.mixture` may move, because the manifests' digest and not a folder's name
     identifies the data (training/loop.py compares it). The step count may grow; a schedule that depends on it is the
     user's choice.

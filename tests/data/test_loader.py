@@ -62,6 +62,15 @@ def test_iterating_equals_random_access(folders, threads):
             assert batch["tokens"].shape == (5, SEQ_LEN) and batch["bytes"].shape == (5,)
 
 
+def test_skipped_data_is_never_read(folders):
+    data, skipped = training(folders, "big"), ((3, 5), (7, 8))
+    with data.iterate(2, read_threads=2, skipped=skipped) as stream:
+        for step, index in ((2, 2), (3, 5), (4, 6), (5, 8), (6, 9)):
+            got_step, batch = next(stream)
+            assert got_step == step
+            assert_same(batch, data.batch(index))
+
+
 @pytest.mark.slow
 def test_worker_processes_give_the_same_batches_and_end(folders):
     data = training(folders, "big")
