@@ -140,6 +140,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--documents", type=int, default=1, help="documents packed into each row (default: 1)")
     _add_overrides(bench)
 
+    status = _verb(verbs, "status", _status, "how a run stands, and where its time went")
+    status.add_argument("--run-dir", required=True, type=Path)
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+
     _add_data(verbs)
     _add_checkpoint_verbs(verbs)
     return parser
@@ -206,7 +210,9 @@ def _start_jax() -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     from maxlm.overrides import apply_overrides, load_config
+    from maxlm.resilience import Goodput, process_started
 
+    goodput = Goodput(arguments.run_dir, started=process_started())
     with processes(arguments.coordinator, arguments.num_processes, arguments.process_id) as several:
         if several:
             _start_jax()  # before they first agree, which compiles
@@ -216,9 +222,10 @@ def _train(arguments: argparse.Namespace) -> int:
         from maxlm.training.loop import train
         from maxlm.training.report import finish
 
-        outcome = train(config, arguments.run_dir)
+        outcome = train(config, arguments.run_dir, goodput=goodput)
         if outcome.evaluation is not None:
             finish(config, arguments.run_dir, outcome)
+        goodput.end()
     return 0
 
 
@@ -270,6 +277,14 @@ def _check_writable(path: Path) -> None:
         raise ConfigError(f"--json {path}: there is no folder {path.parent}; make it first")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"--json {path} cannot be written: choose another file")
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from maxlm.resilience.status import status, table
+
+    found = status(arguments.run_dir)
+    print(json.dumps(found) if arguments.json else table(found))
+    return 0
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData, TrainingData
 from maxlm.parallel.distributed import check_identical, together
 from maxlm.parallel.mesh import check_divisible, make_mesh
-from maxlm.resilience import RunLock, RunStopped, StopRequest
+from maxlm.resilience import Goodput, RunLock, RunStopped, StopRequest
 from maxlm.schema import ConfigError, from_dict, to_dict
 from maxlm.training.evaluate import Evaluation, local_rows, make_evaluator, to_device
 from maxlm.training.metrics import MetricsWriter, plot_loss
@@ -53,10 +53,12 @@ class Outcome:
     state: TrainState | None = field(repr=False, default=None)
 
 
-def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None = None) -> Outcome:
+def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None = None,
+          goodput: Goodput | None = None) -> Outcome:
     """Trains `config` in `run_dir`, from its newest checkpoint if it has one, to `train.num_steps`.
 
     Every process of a run calls it alike (parallel/distributed.py); process 0 alone writes what is not a checkpoint.
+    goodput: the clock of this start, where it started before this call.
     Raises ConfigError for a user's mistake (before the run is touched), CheckpointError where a save or restore
     failed, RunStopped where the loss stopped being finite, PeerError where another process failed while setting up.
     """
@@ -82,7 +84,7 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
                          "the maxlm version": __version__, "the jax version": jax.__version__})
         keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
         with StopRequest() as stop, Checkpointer(run_dir / CHECKPOINTS, **keep) as checkpointer:
-            run = _Run(config, run_dir, mesh, data, heldout, checkpointer, say)
+            run = _Run(config, run_dir, mesh, data, heldout, checkpointer, say, goodput or Goodput(run_dir))
             return run.until_done(stop)
 
 
@@ -113,16 +115,17 @@ class _Run:
     """One start of a run: what its phases share."""
 
     def __init__(self, config: RunConfig, run_dir: Path, mesh: Mesh, data: TrainingData, heldout: HeldoutData,
-                 checkpointer: Checkpointer, say: Callable[[str], None]):
+                 checkpointer: Checkpointer, say: Callable[[str], None], goodput: Goodput):
         self.config, self.run_dir, self.mesh, self.say = config, run_dir, mesh, say
-        self.data, self.heldout, self.checkpointer = data, heldout, checkpointer
+        self.data, self.heldout, self.checkpointer, self.goodput = data, heldout, checkpointer, goodput
         self.rows = local_rows(mesh, config.train.global_batch_size)
         self.leader = jax.process_index() == 0
         self.throughput = Throughput(config, mesh)
 
     def until_done(self, stop: StopRequest) -> Outcome:
         config, last = self.config, self.config.train.num_steps
-        state, start, meta = self._state()
+        with self.goodput.phase("startup" if self.checkpointer.latest_step() is None else "restore"):
+            state, start, meta = self._state()
         tokens, owed = meta.get("data", {}).get("tokens", 0), meta.get("evaluation_owed", False)
         if start == last and (self.run_dir / DONE_FILE).exists():
             self.say(f"{self.run_dir.name}: already trained to step {start}; raise train.num_steps to go on")
@@ -133,19 +136,22 @@ class _Run:
         self.writer = MetricsWriter(self.run_dir, start, config.logging.tensorboard) if self.leader else None
         self.ledger = StepLedger(config, self.run_dir, self.mesh, self.data.digest)
         try:
+            self.goodput.begin(self.ledger.highest_step, writes=self.leader)
             self.ledger.begin(start, state, meta.get("ledger"))
             step_function = self._compiled(start) if start < last else None
             with Progress(last, start, shown=self.leader) as self.progress:
                 evaluation = self._evaluate(start, state, stop) if owed or start == last else None
                 if step_function is None:  # killed or stopped between the last save and the end
                     return self._end(state, start, evaluation is None, evaluation)
-                return self._steps(step_function, state, start, stop)
+                with self.goodput.stepping():
+                    return self._steps(step_function, state, start, stop)
         finally:
             self._leave()
 
     def _compiled(self, start: int) -> Any:
         clock = time.perf_counter()
-        step_function = compile_step(self.config, self.mesh)
+        with self.goodput.phase("compile"):
+            step_function = compile_step(self.config, self.mesh)
         self.say(f"step compiled in {time.perf_counter() - clock:.1f} s; training from step {start} on "
                  f"{self.mesh.size} {self.mesh.devices.flat[0].device_kind} device(s)")
         return step_function
@@ -155,6 +161,7 @@ class _Run:
         with contextlib.ExitStack() as errors:
             if sys.exc_info()[0] is not None:
                 errors.enter_context(contextlib.suppress(OSError))
+            errors.callback(self.goodput.end)
             errors.callback(self.ledger.close)
             if self.writer:
                 self.writer.close()
@@ -194,7 +201,7 @@ class _Run:
             prefetch_batches=data.prefetch_batches,
         )
         try:
-            for index, batch in batches:
+            for index, batch in self.goodput.waiting(batches):
                 self._profile(index, pending)
                 state, metrics = step_function(state, to_device(batch, self.mesh))
                 if pending is not None:
@@ -223,7 +230,8 @@ class _Run:
         return self._end(state, step, stopping, evaluation)
 
     def _end(self, state: TrainState, step: int, preempted: bool, evaluation: Evaluation | None) -> Outcome:
-        self.checkpointer.wait()
+        with self.goodput.phase("save"):
+            self.checkpointer.wait()
         if preempted:
             self.say(f"stopped at step {step} as asked; the same command goes on from there")
             if self.writer:
@@ -234,6 +242,7 @@ class _Run:
         """Step `step` is done or about to be: takes in its metrics, and logs when it is time to."""
         metrics = jax.device_get(metrics)
         self.ledger.finished(step, metrics)
+        self.goodput.step_done(step)
         loss, grad_norm, update_norm, rate, tokens = (float(value) for value in metrics[:5])
         self.tokens += int(tokens)
         if not math.isfinite(loss + update_norm):
@@ -262,7 +271,8 @@ class _Run:
     def _evaluate(self, step: int, state: TrainState, stop: StopRequest) -> Evaluation | None:
         """The held-out result, logged; None where the run was asked to stop meanwhile."""
         alone = jax.process_count() == 1  # several processes agree on a stop between steps only
-        result = self.evaluate(state.params, self.heldout, self.rows, lambda: alone and stop.should_stop(step))
+        with self.goodput.phase("evaluation"):
+            result = self.evaluate(state.params, self.heldout, self.rows, lambda: alone and stop.should_stop(step))
         if result is None:
             return None
         if not result.tokens:
@@ -274,15 +284,16 @@ class _Run:
         return result
 
     def _save(self, step: int, state: TrainState, *, evaluation_owed: bool) -> None:
-        meta = {
-            "step": step,
-            "evaluation_owed": evaluation_owed,
-            "config": to_dict(self.config),
-            "data": {"digest": self.data.digest, "step": step, "tokens": self.tokens},
-            "ledger": self.ledger.meta(step, state),
-            "versions": {"maxlm": __version__, "jax": jax.__version__},
-        }
-        self.checkpointer.save(step, state, meta)
+        with self.goodput.phase("save"):
+            meta = {
+                "step": step,
+                "evaluation_owed": evaluation_owed,
+                "config": to_dict(self.config),
+                "data": {"digest": self.data.digest, "step": step, "tokens": self.tokens},
+                "ledger": self.ledger.meta(step, state),
+                "versions": {"maxlm": __version__, "jax": jax.__version__},
+            }
+            self.checkpointer.save(step, state, meta)
 
     def _profile(self, index: int | None, pending: StepMetrics | None) -> None:
         """Starts or stops the trace before step `index`, once the step before it is done; None stops it at the end."""

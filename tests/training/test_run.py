@@ -38,8 +38,8 @@ def refused(code, capsys, *words):
 def test_what_a_run_writes(made):
     run = made[1]
     assert {p.name for p in run.iterdir()} == {
-        ".lock", "DONE", "checkpoints", "config.json", "ledger.jsonl", "loss.png", "metrics.jsonl", "sample.txt",
-        "tensorboard"}
+        ".lock", "DONE", "checkpoints", "config.json", "goodput.json", "ledger.jsonl", "loss.png", "metrics.jsonl",
+        "sample.txt", "tensorboard"}
     assert sorted(int(p.name) for p in (run / "checkpoints").iterdir()) == [4, 6]
     assert (run / "DONE").read_text() == f"{STEPS}\n"
     assert json.loads((run / "config.json").read_text())["train"]["num_steps"] == STEPS
