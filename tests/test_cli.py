@@ -163,14 +163,14 @@ def test_damaged_data(made, tmp_path, capsys, damage, words):
 
 
 def test_a_full_disk_during_a_checkpoint(made, finished, tmp_path, capfd):
-    with full_disk(tmp_path / "disk", free=150_000) as (run, words, make_room):
+    with full_disk(tmp_path / "disk", free=220_000) as (run, words, make_room):
         code = train(made, run, "checkpoint.every_steps=1", "checkpoint.keep_last=9")
         refused(capfd, code, str(run), *words)
         saved = {p.name for p in (run / "checkpoints").iterdir()}
         assert "6" not in saved and all(name.isdigit() or name.endswith("-tmp") for name in saved)
         make_room()
         assert train(made, run, "checkpoint.every_steps=1", "checkpoint.keep_last=9") == 0
-        assert "resumed from" in capfd.readouterr().err or not saved
+        assert ("resumed from" in capfd.readouterr().err) == any(name.isdigit() for name in saved)
         assert [row["step"] for row in rows_of(run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
         assert command("checkpoint", "digest", run) == command("checkpoint", "digest", finished) == 0
         mine, expected = capfd.readouterr().out.split()
