@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                              "all of them goes on from the last checkpoint", PEER_LOST)
         if kind == "CheckpointError":
             return _complain(error, USER_MISTAKE)
-        if kind == "RunStopped":
+        if kind in ("IntegrityError", "RunStopped"):
             return _complain(error, UNSAFE)
         if kind == "WorkerError":  # of a traceback the last line says what happened
             return _complain(str(error).strip().splitlines()[-1], USER_MISTAKE)
@@ -115,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     train = _verb(verbs, "train", _train, "train a config, or go on training it")
     train.add_argument("config", help="a Python file with config() -> RunConfig, such as configs/quickstart.py")
     train.add_argument("--run-dir", required=True, type=Path, help="where everything of this run is written")
+    train.add_argument("--strict", action="store_true",
+                       help="refuse (exit 3) where the newest checkpoint is damaged, instead of setting it aside")
     _add_overrides(train)
     _add_processes(train)
 
@@ -192,6 +194,7 @@ def _add_checkpoint_verbs(verbs) -> None:
     inner = checkpoint.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
     for name, function, text in (
         ("list", _checkpoint_list, "what is there, and whether it is complete"),
+        ("verify", _checkpoint_verify, "reads all of each and says which are intact; exit 3 where one is not"),
         ("digest", _checkpoint_digest, "SHA-256 of the newest complete checkpoint's parameters"),
     ):
         parser = _verb(inner, name, function, text)
@@ -222,7 +225,7 @@ def _train(arguments: argparse.Namespace) -> int:
         from maxlm.training.loop import train
         from maxlm.training.report import finish
 
-        outcome = train(config, arguments.run_dir, goodput=goodput)
+        outcome = train(config, arguments.run_dir, strict=arguments.strict, goodput=goodput)
         if outcome.evaluation is not None:
             finish(config, arguments.run_dir, outcome)
         goodput.end()
@@ -309,6 +312,20 @@ def _checkpoint_list(arguments: argparse.Namespace) -> int:
     for row in rows:
         when = datetime.fromtimestamp(row.time).isoformat(" ", "seconds")
         print(f"{row.step:>10}  {row.bytes / 1e6:>10.1f}  {'yes' if row.complete else 'no':8}  {when}")
+    return 0
+
+
+def _checkpoint_verify(arguments: argparse.Namespace) -> int:
+    from maxlm.checkpoint import verify
+
+    found = verify(_checkpoints_folder(arguments.dir))
+    for step, damage in found:
+        print(f"{step:>10}  {'ok' if damage is None else 'damaged: ' + damage}")
+    damaged = [str(step) for step, damage in found if damage is not None]
+    if damaged:
+        return _complain(f"{len(damaged)} of {len(found)} checkpoints are damaged: {', '.join(damaged)}", UNSAFE)
+    if not found:
+        raise ConfigError(f"{arguments.dir}: no checkpoint to verify; give a run directory or its checkpoints folder")
     return 0
 
 

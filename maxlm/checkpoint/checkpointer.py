@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from maxlm.checkpoint import layout, leaves, orbax_io
+from maxlm.checkpoint import agreement, integrity, layout, leaves, orbax_io, verified
 from maxlm.checkpoint.layout import CheckpointError
 
 
@@ -38,7 +37,7 @@ class Checkpointer:
         self._error: CheckpointError | None = None
         if self._primary:
             layout.prepare(self.directory)
-        self._steps = _agreed(layout.complete_steps(self.directory) if self._primary else [])
+        self._steps = agreement.of_first(layout.complete_steps(self.directory) if self._primary else None)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None. Waits for a save in progress."""
@@ -74,7 +73,17 @@ class Checkpointer:
     def restore(self, step: int | None, like: Any) -> Any:
         """`restore_state` from this directory, after a save in progress."""
         self.wait()
-        return orbax_io.restore_state(self.directory, step, like)
+        return verified.restore_state(self.directory, step, like)
+
+    def restore_newest(
+        self, target: Callable[[int, dict[str, Any]], Any], *, strict: bool = False, say: Callable[[str], None]
+    ) -> verified.Restored | None:
+        """`verified.newest_good` of this directory: None where nothing was ever saved; damaged checkpoints are set
+        aside on the way."""
+        self.wait()
+        found = verified.newest_good(self.directory, target, strict=strict, say=say)
+        self._steps = agreement.of_first(layout.complete_steps(self.directory) if self._primary else None)
+        return found
 
     def restore_meta(self, step: int | None = None) -> dict[str, Any]:
         """The `meta` that was saved with `step` (None: the newest complete one)."""
@@ -111,7 +120,9 @@ class Checkpointer:
 
     def _before_commit(self) -> None:
         assert self._saving is not None
-        layout.make_durable(self._saving.with_name(self._saving.name + layout.IN_PROGRESS_SUFFIX))
+        writing = self._saving.with_name(self._saving.name + layout.IN_PROGRESS_SUFFIX)
+        integrity.write_manifest(writing)
+        layout.make_durable(writing)
 
     def _finish(self, step: int, path: Path) -> None:
         """In the background: waits for the commit, makes it durable, and only then deletes what it replaces."""
@@ -140,14 +151,3 @@ class Checkpointer:
         explained.__cause__ = error
         return explained
 
-
-def _agreed(steps: list[int]) -> list[int]:
-    """Process 0's list on every process: network file systems may show others an older folder."""
-    if jax.process_count() == 1:
-        return steps
-    from jax.experimental import multihost_utils
-
-    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
-    padded = np.zeros(count, np.int32)
-    padded[: len(steps)] = steps
-    return [int(step) for step in multihost_utils.broadcast_one_to_all(padded)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.checkpoint import layout, orbax_io
+from maxlm.checkpoint import layout, orbax_io, verified
 
 _READ_BYTES = 1 << 30  # host memory that one read of several arrays may take (a single larger array takes its own)
 
@@ -19,9 +19,10 @@ def tree_digest(directory: str | os.PathLike[str], step: int | None = None) -> s
 
     For each array in sorted order of its name: the line 'NAME DTYPE SHAPE\\n' in UTF-8, for instance
     'params/embedding/table float32 [4096, 192]', then its raw bytes, C order, little-endian.
-    Reads on the host, in pieces of about 1 GiB, and needs no config. Raises CheckpointError.
+    Reads on the host, in pieces of about 1 GiB, and needs no config. Raises CheckpointError, IntegrityError.
     """
     path = layout.step_path(directory, layout.require_step(directory, step))
+    verified.require_intact(path)
     index = {name: entry for name, entry in layout.read_document(path)["arrays"].items() if name.startswith("params/")}
     return _hash(
         item for names in _groups(index) for item in sorted(orbax_io.restore_numpy(path, names).items())

@@ -3,6 +3,8 @@
     DIR/STEP/commit_success.txt      written by Orbax just before the rename that makes STEP visible
     DIR/STEP/state/                  arrays, OCDBT
     DIR/STEP/meta/meta.json          {"format", "arrays": {name: [dtype, shape]}, "meta": {...}}
+    DIR/STEP/manifest.json           sizes and checksums of all these files (integrity.py)
+    DIR/STEP.damaged/                a checkpoint that failed its checksums, or half of one: renamed, never deleted
     DIR/STEP.orbax-checkpoint-tmp/   a save in progress, or what a killed one left
     DIR/STEP.deleting/               a step on its way out: renamed first, so that a kill never leaves half of one
 
@@ -14,23 +16,28 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2  # 2: a manifest of checksums
 STATE_ITEM = "state"
 META_ITEM = "meta"
 META_FILE = "meta.json"
 COMMIT_FILE = "commit_success.txt"
 IN_PROGRESS_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name for it
 DELETING_SUFFIX = ".deleting"
-SET_ASIDE_SUFFIX = ".incomplete"
+DAMAGED_SUFFIX = ".damaged"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read. The message is one line that names the path and the fix."""
+
+
+class IntegrityError(CheckpointError):
+    """What is stored is not what was saved. Exit code 3."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +63,26 @@ def complete_steps(directory: str | os.PathLike[str]) -> list[int]:
     return [step for step, path in _step_folders(directory) if is_complete(path)]
 
 
+def present_steps(directory: str | os.PathLike[str]) -> list[int]:
+    """Steps of all step folders in `directory`, ascending, half-written ones included."""
+    return [step for step, _ in _step_folders(directory)]
+
+
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
     """The newest complete checkpoint's step, or None."""
     return max(complete_steps(directory), default=None)
 
 
 def require_step(directory: str | os.PathLike[str], step: int | None) -> int:
-    """`step`, or the newest complete one for None. Raises CheckpointError where there is none."""
+    """`step`, or the newest one for None. Raises CheckpointError where there is none, IntegrityError where the newest
+    is half-written: what to read then is the user's choice."""
     steps = complete_steps(directory)
+    if step is None and (newest := max(present_steps(directory), default=-1)) > max(steps, default=-1):
+        known = ", ".join(map(str, steps)) or "none"
+        raise IntegrityError(
+            f"{step_path(directory, newest)} is not complete, files are missing: choose --step ({known}), or let "
+            "`maxlm train` set it aside"
+        )
     if step is None and not steps:
         raise CheckpointError(f"no complete checkpoint in {directory}: check the path, or train first")
     if step is not None and step not in steps:
@@ -120,14 +139,22 @@ def prepare(directory: Path) -> None:
         raise explain(error, directory, "preparing") from error
 
 
-def set_aside(path: Path) -> None:
-    """Renames a step folder that is not complete, so that the step can be saved again; nothing is deleted."""
+def set_aside(path: Path) -> Path:
+    """Renames a damaged or half-written step folder, so that the step can be saved again; nothing is deleted."""
     for attempt in range(1000):
-        target = path.with_name(f"{path.name}{SET_ASIDE_SUFFIX}{attempt or ''}")
+        target = path.with_name(f"{path.name}{DAMAGED_SUFFIX}{attempt or ''}")
         if not target.exists():
-            path.rename(target)
-            return
-    raise OSError(errno.EEXIST, f"1000 folders named {path.name}{SET_ASIDE_SUFFIX}* are in the way", str(path))
+            try:
+                return path.rename(target)
+            except OSError as error:
+                raise explain(error, path, "setting aside") from error
+    raise OSError(errno.EEXIST, f"1000 folders named {path.name}{DAMAGED_SUFFIX}* are in the way", str(path))
+
+
+def set_aside_before(directory: Path) -> list[str]:
+    """Names of what `set_aside` has renamed in `directory`, now or in an earlier start."""
+    pattern = re.compile(rf"\d+{re.escape(DAMAGED_SUFFIX)}\d*")
+    return sorted(entry.name for entry in directory.iterdir() if pattern.fullmatch(entry.name))
 
 
 def delete(path: Path) -> None:
@@ -187,8 +214,8 @@ def explain(error: BaseException, path: Path, doing: str) -> CheckpointError:
     return CheckpointError(f"{doing} {path} failed ({first}): fix the cause, then run the same command again to resume")
 
 
-def unreadable(path: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(
+def unreadable(path: Path, error: BaseException) -> IntegrityError:
+    return IntegrityError(
         f"{path} cannot be read ({_first_line(error)}): rename that folder to resume from the checkpoint before it"
     )
 

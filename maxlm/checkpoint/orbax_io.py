@@ -1,7 +1,9 @@
-"""The only module that talks to Orbax: an asynchronous writer, and restore to devices or to numpy.
+"""The only module that talks to Orbax: an asynchronous writer, and reading onto devices or into numpy.
 
 Orbax is imported on first use (0.2 s). AsyncCheckpointer is used rather than CheckpointManager: which steps
 count, which stay and what an error says are ours (layout.py), and the folder holds nothing but steps.
+
+Arrays are stored uncompressed: zstd made float32 weights 8% smaller, saves 6 and restores 5 times slower.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.checkpoint import layout, leaves
+from maxlm.checkpoint import integrity, layout, leaves
 from maxlm.checkpoint.layout import CheckpointError
 
 
@@ -24,18 +26,39 @@ def async_checkpointer(before_commit: Callable[[], None]) -> Any:
     """An orbax AsyncCheckpointer. `before_commit` runs on process 0 when all processes have written everything
     and just before the step becomes visible; if it raises, the step never does."""
     ocp = _orbax()
-    handler = ocp.CompositeCheckpointHandler(
-        **{
-            layout.STATE_ITEM: ocp.PyTreeCheckpointHandler(),
-            layout.META_ITEM: ocp.JsonCheckpointHandler(filename=layout.META_FILE),
-        }
-    )
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add(layout.STATE_ITEM, ocp.args.PyTreeSave, _recording_handler())
+    registry.add(layout.META_ITEM, ocp.args.JsonSave, ocp.JsonCheckpointHandler(filename=layout.META_FILE))
+    handler = ocp.CompositeCheckpointHandler(handler_registry=registry)
     options = ocp.options.AsyncOptions(
         post_finalization_callback=before_commit,
         # Made in the background, a folder that cannot be made leaves threads that wait 300 s for it at exit.
         create_directories_asynchronously=False,
     )
     return ocp.AsyncCheckpointer(handler, async_options=options)
+
+
+def _recording_handler() -> Any:
+    """Orbax's handler of pytrees, on each process recording the checksums of the files which that process wrote."""
+    ocp = _orbax()
+
+    class Recorded:
+        """Orbax's future of a write; done once all of them are, and what they wrote is on the disk and recorded."""
+
+        def __init__(self, writes: list[Any], folder: Path) -> None:
+            self._writes, self._folder = writes, folder
+
+        def result(self, timeout: float | None = None) -> None:
+            for write in self._writes:
+                write.result(timeout)
+            integrity.write_part(self._folder, layout.STATE_ITEM, jax.process_index())
+
+    class Handler(ocp.PyTreeCheckpointHandler):
+        async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
+            writes = await super().async_save(directory, *args, **kwargs)
+            return [Recorded(writes or [], Path(directory))]
+
+    return Handler(use_compression=False)
 
 
 def save_args(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> Any:
@@ -48,16 +71,13 @@ def save_args(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> Any:
     )
 
 
-def restore_state(directory: str | os.PathLike[str], step: int | None, like: Any) -> Any:
-    """The state of `step` (None: the newest complete one), placed as `like` says. Every process must call it.
+def restore_like(path: Path, like: Any) -> Any:
+    """The arrays of the checkpoint at `path`, placed as `like` says. Every process must call it.
 
     like: pytree of jax.ShapeDtypeStruct with a concrete NamedSharding each, on any mesh; it need not be the whole
     saved state: top-level entries that it lacks altogether are not read (evaluation restores 'params' alone).
-    Values are bit-identical to what was saved. Raises CheckpointError where names, shapes or dtypes differ or
-    the files cannot be read.
+    Raises CheckpointError where names, shapes or dtypes differ, IntegrityError where the files cannot be read.
     """
-    step = layout.require_step(directory, step)
-    path = layout.step_path(directory, step)
     wanted = leaves.named_leaves(like)
     for name, leaf in wanted.items():
         if not isinstance(getattr(leaf, "sharding", None), jax.sharding.Sharding):

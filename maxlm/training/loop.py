@@ -53,14 +53,15 @@ class Outcome:
     state: TrainState | None = field(repr=False, default=None)
 
 
-def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None = None,
+def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None = None, strict: bool = False,
           goodput: Goodput | None = None) -> Outcome:
-    """Trains `config` in `run_dir`, from its newest checkpoint if it has one, to `train.num_steps`.
+    """Trains `config` in `run_dir`, from its newest good checkpoint if it has one, to `train.num_steps`.
 
     Every process of a run calls it alike (parallel/distributed.py); process 0 alone writes what is not a checkpoint.
     goodput: the clock of this start, where it started before this call.
     Raises ConfigError for a user's mistake (before the run is touched), CheckpointError where a save or restore
-    failed, RunStopped where the loss stopped being finite, PeerError where another process failed while setting up.
+    failed, IntegrityError where every checkpoint is damaged (with `strict`: where the newest is), RunStopped where the
+    loss stopped being finite, PeerError where another process failed while setting up.
     """
     leader = jax.process_index() == 0
     with contextlib.ExitStack() as held:
@@ -85,12 +86,11 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
         keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
         with StopRequest() as stop, Checkpointer(run_dir / CHECKPOINTS, **keep) as checkpointer:
             run = _Run(config, run_dir, mesh, data, heldout, checkpointer, say, goodput or Goodput(run_dir))
-            return run.until_done(stop)
+            return run.until_done(stop, strict)
 
 
-def resumed_config(checkpointer: Checkpointer, step: int, config: RunConfig, data_digest: str) -> dict[str, Any]:
-    """The metadata of a checkpoint, once it is certain that `config` and the data continue the same training."""
-    meta = checkpointer.restore_meta(step)
+def check_resumable(meta: dict[str, Any], step: int, config: RunConfig, data_digest: str) -> None:
+    """Raises ConfigError unless `config` and the data continue the training that the checkpoint's `meta` tells of."""
     if step > config.train.num_steps:
         raise ConfigError(
             f"train.num_steps={config.train.num_steps} is below step {step}, which this run directory has reached: "
@@ -108,7 +108,6 @@ def resumed_config(checkpointer: Checkpointer, step: int, config: RunConfig, dat
             f"is {data_digest[:12]}, the checkpoint's {meta['data']['digest'][:12]}): point to the same data, or use "
             "another --run-dir"
         )
-    return meta
 
 
 class _Run:
@@ -122,10 +121,10 @@ class _Run:
         self.leader = jax.process_index() == 0
         self.throughput = Throughput(config, mesh)
 
-    def until_done(self, stop: StopRequest) -> Outcome:
+    def until_done(self, stop: StopRequest, strict: bool) -> Outcome:
         config, last = self.config, self.config.train.num_steps
         with self.goodput.phase("startup" if self.checkpointer.latest_step() is None else "restore"):
-            state, start, meta = self._state()
+            state, start, meta = self._state(strict)
         tokens, owed = meta.get("data", {}).get("tokens", 0), meta.get("evaluation_owed", False)
         if start == last and (self.run_dir / DONE_FILE).exists():
             self.say(f"{self.run_dir.name}: already trained to step {start}; raise train.num_steps to go on")
@@ -167,15 +166,18 @@ class _Run:
                 self.writer.close()
                 plot_loss(self.run_dir)
 
-    def _state(self) -> tuple[TrainState, int, dict[str, Any]]:
-        """(state, its step, what was saved with it): the newest checkpoint's, or fresh."""
-        newest = self.checkpointer.latest_step()
-        if newest is None:
+    def _state(self, strict: bool) -> tuple[TrainState, int, dict[str, Any]]:
+        """(state, its step, what was saved with it): the newest good checkpoint's, or fresh."""
+
+        def target(step: int, meta: dict[str, Any]) -> TrainState:
+            check_resumable(meta, step, self.config, self.data.digest)
+            return abstract_state(self.config, self.mesh)
+
+        found = self.checkpointer.restore_newest(target, strict=strict, say=self.say)
+        if found is None:
             return init_state(self.config, self.mesh), 0, {}
-        meta = resumed_config(self.checkpointer, newest, self.config, self.data.digest)
-        state = self.checkpointer.restore(newest, abstract_state(self.config, self.mesh))
-        self.say(f"resumed from step {newest}")
-        return state, newest, meta
+        self.say(f"resumed from step {found.step}")
+        return found.state, found.step, found.meta
 
     def _record_config(self) -> None:
         if not self.leader:

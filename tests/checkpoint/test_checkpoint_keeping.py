@@ -75,7 +75,7 @@ def test_leftovers_are_cleaned_and_foreign_folders_left_alone(tmp_path):
     with Checkpointer(tmp_path, keep_last=2) as checkpointer:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["03", "1", "4", "notes"]
         checkpointer.save(4, STATE, {})  # '4' was there but not complete: set aside, not deleted
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["03", "1", "4", "4.incomplete", "notes"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["03", "1", "4", "4.damaged", "notes"]
 
 
 @pytest.mark.parametrize("missing", [COMMIT_FILE, "meta/meta.json"])
@@ -113,5 +113,5 @@ def test_meta_file_is_plain_json(tmp_path):
     with Checkpointer(tmp_path, keep_last=2) as checkpointer:
         checkpointer.save(1, STATE, {"step": 1})
     assert json.loads((tmp_path / "1/meta/meta.json").read_text()) == {
-        "format": 1, "arrays": {"params/w": ["float32", [4]]}, "meta": {"step": 1},
+        "format": 2, "arrays": {"params/w": ["float32", [4]]}, "meta": {"step": 1},
     }

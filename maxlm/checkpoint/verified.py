@@ -1,0 +1,134 @@
+"""Restore that checks what it reads, and the walk from the newest checkpoint back to the newest good one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from maxlm.checkpoint import agreement, integrity, layout, orbax_io
+from maxlm.checkpoint.layout import CheckpointError, IntegrityError
+
+_NO_ARRAYS = (0, 0)  # of integrity.damage: names, sizes and metadata only
+
+
+@dataclass
+class Restored:
+    """A checkpoint as it was saved: its step, the `meta` given to `Checkpointer.save`, and the state."""
+
+    step: int
+    meta: dict[str, Any]
+    state: Any = field(repr=False)
+
+
+def restore_state(directory: str | os.PathLike[str], step: int | None, like: Any) -> Any:
+    """The state of `step` (None: the newest complete one), verified and placed as `like` says (orbax_io.restore_like).
+
+    Every process must call it; each checks its share of the files, and all get the same answer. Values are
+    bit-identical to what was saved. Raises IntegrityError where the checkpoint is damaged (nothing is renamed),
+    CheckpointError where names, shapes or dtypes differ or the files may not be read.
+    """
+    path = layout.step_path(directory, layout.require_step(directory, step))
+    damage = _damage(path)
+    if damage is None:
+        state, damage = restore_verified(path, like)
+    if damage is not None:
+        raise _refused(path, damage)
+    return state
+
+
+def require_intact(path: Path) -> None:
+    """Raises IntegrityError where the checkpoint at `path` is damaged. One process reads all of it."""
+    damage = integrity.damage(path)
+    if damage is not None:
+        raise _refused(path, damage)
+
+
+def verify(directory: str | os.PathLike[str]) -> list[tuple[int, str | None]]:
+    """(step, what is damaged or None) for every step folder of `directory`, ascending; reads every byte of them."""
+    return [(step, integrity.damage(layout.step_path(directory, step))) for step in layout.present_steps(directory)]
+
+
+def restore_verified(path: Path, like: Any) -> tuple[Any, str | None]:
+    """(the state at `path`, None), or (None, what is damaged), the same on every process.
+
+    Checksums are compared while TensorStore reads, so that what one brings into the page cache the other finds there.
+    """
+    with ThreadPoolExecutor(1) as background:
+        checked = background.submit(integrity.damage, path, (jax.process_index(), jax.process_count()))
+        state, failure = None, None
+        try:
+            state = orbax_io.restore_like(path, like)
+        except IntegrityError as error:
+            failure = error
+        damage = _agreed(checked.result)
+    if damage is not None:
+        return None, damage
+    unreadable = agreement.first_of(str(failure) if failure else None)
+    if unreadable is not None:  # every byte is as it was written, and yet TensorStore refuses it
+        raise IntegrityError(unreadable) from failure
+    return state, None
+
+
+def newest_good(
+    directory: Path, target: Callable[[int, dict[str, Any]], Any], *, strict: bool, say: Callable[[str], None]
+) -> Restored | None:
+    """The newest good checkpoint in `directory`; None where there has never been one.
+
+    target: (step, its meta) -> what `restore_state` takes as `like`; it may refuse by raising. A damaged or
+    half-written checkpoint is renamed STEP.damaged, which `say` reports in one line; with `strict`, and where no good
+    one is left, IntegrityError is raised instead. Every process must call it, and all get the same step.
+    """
+    primary = jax.process_index() == 0
+    for step in reversed(agreement.of_first(layout.present_steps(directory) if primary else None)):
+        path = layout.step_path(directory, step)
+        state, damage = None, _damage(path)
+        if damage is None:
+            meta = layout.read_document(path)["meta"]
+            state, damage = restore_verified(path, target(step, meta))
+        if damage is None:
+            return Restored(step, meta, state)
+        if strict:
+            raise IntegrityError(
+                f"{path} is damaged ({damage}): --strict refuses to go on without it; without --strict it is set "
+                "aside and the run resumes from the checkpoint before it"
+            )
+        name = agreement.of_first(layout.set_aside(path).name if primary else None)
+        say(f"checkpoint {step} is damaged ({damage}): set aside as {name}")
+    aside = agreement.of_first(layout.set_aside_before(directory) if primary else None)
+    if aside:
+        raise IntegrityError(
+            f"no good checkpoint is left in {directory} ({', '.join(aside[-3:])} set aside as damaged): put back a "
+            "good copy, or choose another --run-dir to train from the beginning"
+        )
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    return _agreed(lambda: integrity.damage(path, _NO_ARRAYS))
+
+
+def _agreed(look: Callable[[], str | None]) -> str | None:
+    """The first process's finding; a CheckpointError of one is raised on all, so that none waits for another."""
+    damage, refusal = None, None
+    try:
+        damage = look()
+    except CheckpointError as error:
+        refusal = str(error)
+    found = agreement.gather([damage, refusal])
+    for _, text in found:
+        if text is not None:
+            raise CheckpointError(text)
+    return next((text for text, _ in found if text is not None), None)
+
+
+def _refused(path: Path, damage: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path} is damaged ({damage}): choose another checkpoint (`maxlm checkpoint verify`), or let `maxlm train` "
+        "set it aside"
+    )
