@@ -197,14 +197,6 @@ def test_two_processes_in_one_run_directory(made, tmp_path, capsys):
         refused(capsys, train(made, tmp_path / "run"), "is in use by process", "another --run-dir")
 
 
-def test_a_damaged_checkpoint(made, finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "run")
-    for data in (tmp_path / "run" / "checkpoints" / "6" / "state").glob("**/d/*"):
-        data.write_bytes(data.read_bytes()[:50])
-    refused(capsys, train(made, tmp_path / "run", "train.num_steps=8", "logging.sample_prompt="),
-            "checkpoints/6 cannot be read", "rename that folder")
-
-
 # The other verbs
 
 
