@@ -223,7 +223,7 @@ def exit_code_of(error: Exception) -> int:
         return error.exit_code
     if isinstance(error, (ConfigError, OSError)) or type(error).__name__ in ("CheckpointError", "WorkerError"):
         return USER_MISTAKE
-    return {"RunStopped": 3}.get(type(error).__name__, CRASHED)
+    return {"RunStopped": 3, "IntegrityError": 3}.get(type(error).__name__, CRASHED)
 
 
 def _initialized() -> bool:
