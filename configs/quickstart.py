@@ -2,7 +2,7 @@
 
     maxlm train configs/quickstart.py --run-dir runs/quickstart        (or: make demo)
 
-Hardware: any laptop; sized for 2 CPU cores and 24 GiB, where it takes four to five minutes.
+Hardware: any laptop; sized for 2 CPU cores and 24 GiB, where it takes three to five minutes.
 Reaches: fewer bits a held-out byte than gzip -9 does on the same files; the run's last lines compare them.
 """
 
