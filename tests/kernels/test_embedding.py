@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config import MeshConfig
-from maxlm.kernels.embedding import embedding_lookup
+from maxlm.kernels.embedding import embedding_lookup, sum_by_row
 from maxlm.parallel.mesh import make_mesh
 
 V, D, B, T = 16, 8, 8, 6
@@ -60,3 +60,17 @@ def test_a_frequent_token_keeps_its_gradient_in_bfloat16():
     assert (np.asarray(gradient)[3] == 4096).all()
     naive = jax.grad(lambda t: jnp.sum(t.astype(jnp.bfloat16)[tokens].astype(jnp.float32)))(table)
     assert np.asarray(naive)[3, 0] < 4000  # what this module is for
+
+
+@pytest.mark.parametrize(("count", "rows"), [(96, 7), (33, 40), (1024, 3), (512, 1), (256, 600)])
+def test_sum_by_row(count, rows):
+    """Rows that span blocks, that are never named, that are out of range, and counts that no block divides."""
+    rng = np.random.default_rng(count)
+    values = rng.normal(size=(count, 5)).astype(np.float32)
+    named = (rng.integers(0, rows + 2, count) ** 2 // (rows + 2)).astype(np.int32)
+    expected = np.zeros((rows + 2, 5))
+    np.add.at(expected, named, values)
+    sums = np.asarray(jax.jit(sum_by_row, static_argnums=2)(values, named, rows))
+    assert np.abs(sums - expected[:rows]).max() < 2e-5
+    np.add.at(expected, named[-1:] * 0, 1e-3)  # the twin: one value more
+    assert np.abs(sums - expected[:rows]).max() > 5e-4
