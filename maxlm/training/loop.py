@@ -76,7 +76,7 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
         say = _print if leader else _nothing
         say(f"attention: {kernel}, {reason}")
         if mesh.devices.flat[0].platform == "gpu":
-            say("a GPU adds in no fixed order: stopped and resumed, this run ends alike up to rounding, not bit for bit")
+            say("a GPU adds in no fixed order: a resumed run ends alike up to rounding, not bit for bit")
         with together("opening the data"):
             folders = datasets_of(config.data, config.train.seq_len, run_dir / DATA)
             sizes = {"seq_len": config.train.seq_len, "global_batch_size": config.train.global_batch_size}
