@@ -142,6 +142,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--documents", type=int, default=1, help="documents packed into each row (default: 1)")
     _add_overrides(bench)
 
+    replay = _verb(verbs, "replay", _replay, "make a step again and compare it with the ledger")
+    replay.add_argument("--run-dir", required=True, type=Path)
+    replay.add_argument("--step", required=True, type=int, help="a step that the run has finished")
+    replay.add_argument("--no-shard-hashes", action="store_true",
+                        help="do not read the shards of the step's batch whole to compare them with their manifest")
+
     status = _verb(verbs, "status", _status, "how a run stands, and where its time went")
     status.add_argument("--run-dir", required=True, type=Path)
     status.add_argument("--json", action="store_true", help="as one JSON object")
@@ -280,6 +286,17 @@ def _check_writable(path: Path) -> None:
         raise ConfigError(f"--json {path}: there is no folder {path.parent}; make it first")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"--json {path} cannot be written: choose another file")
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    _start_jax()
+    from maxlm.training.replay import replay
+
+    result = replay(arguments.run_dir, arguments.step, hash_shards=not arguments.no_shard_hashes)
+    print(json.dumps(result))
+    if result["agrees"]:
+        return 0
+    return _complain(f"{result['cause']} differs at step {result['at_step']}: {result['detail']}", UNSAFE)
 
 
 def _status(arguments: argparse.Namespace) -> int:

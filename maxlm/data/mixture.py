@@ -77,13 +77,16 @@ def row_source(folder: str, split: Split) -> grain.MapDataset[bytes]:
 
 def mixed_rows(datasets: Sequence[Dataset], seed: int) -> grain.MapDataset[bytes]:
     """Endless training rows: element n is a function of the datasets, their weights, `seed` and n."""
+    return mixed([row_source(d.folder, d.manifest.train) for d in datasets], [d.weight for d in datasets], seed)
+
+
+def mixed(sources: Sequence[grain.MapDataset], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """Each source shuffled anew every epoch, endless, and mixed by weight: which element comes when does not depend on
+    what the elements are."""
     import grain
 
-    endless = [
-        row_source(d.folder, d.manifest.train).shuffle(seed=_shuffle_seed(seed, i)).repeat()
-        for i, d in enumerate(datasets)
-    ]
-    return endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, [d.weight for d in datasets])
+    endless = [source.shuffle(seed=_shuffle_seed(seed, i)).repeat() for i, source in enumerate(sources)]
+    return endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, list(weights))
 
 
 def _shuffle_seed(seed: int, index: int) -> int:

@@ -33,13 +33,13 @@ from maxlm.schema import ConfigError, from_dict, to_dict
 from maxlm.training.evaluate import Evaluation, local_rows, make_evaluator, to_device
 from maxlm.training.metrics import MetricsWriter, plot_loss
 from maxlm.training.progress import Progress
-from maxlm.training.saved_run import CHECKPOINTS, DATA, TOKENIZER, TOKENIZER_CONFIG
+from maxlm.training.saved_run import CHECKPOINTS, CONFIG_FILE, DATA, TOKENIZER, TOKENIZER_CONFIG
 from maxlm.training.state import TrainState, abstract_state, attention_of, init_state
 from maxlm.training.step import StepMetrics, compile_step
 from maxlm.training.step_ledger import StepLedger
 from maxlm.training.throughput import Throughput
 
-CONFIG_FILE, DONE_FILE = "config.json", "DONE"
+DONE_FILE = "DONE"
 
 
 @dataclass

@@ -25,7 +25,7 @@ from maxlm.schema import ConfigError, from_dict
 from maxlm.training.evaluate import local_rows, make_evaluator
 from maxlm.training.state import abstract_state
 
-CHECKPOINTS, DATA, TOKENIZER = "checkpoints", "data", "tokenizer.json"
+CHECKPOINTS, CONFIG_FILE, DATA, TOKENIZER = "checkpoints", "config.json", "data", "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"  # names the end-of-text token of TOKENIZER
 
 

@@ -47,7 +47,7 @@ class StepLedger:
         self._every = config.resilience.digest_every_steps
         self._ledger = Ledger(run_dir) if jax.process_index() == 0 else None
         self._environment = environment_of(config, mesh, data_digest)
-        self._digest = state_digester(mesh)
+        self._digests = StateDigests(mesh)
         self._pending: dict[int, tuple[int, dict[str, jax.Array] | None]] = {}
         self._known: tuple[int, dict[str, str]] = (-1, {})  # a step, and digests of its state
 
@@ -59,7 +59,7 @@ class StepLedger:
     def begin(self, step: int, state: TrainState, saved: dict[str, Any] | None) -> None:
         """The run goes on from `state`, that of `step`. saved: the `meta` that its checkpoint keeps, None for a fresh
         state. Raises RunStopped where the state is not what was saved."""
-        digests = self.state_digests(state)
+        digests = self._digests.read(state)
         if saved:
             other = [name for name in STATE if saved[name] != digests[name]]
             if other:
@@ -79,15 +79,14 @@ class StepLedger:
     def dispatched(self, step: int, index: int, state: TrainState, *, saving: bool) -> None:
         """The device was given `step`, made of batch `index`, whose result is `state`."""
         due = saving or step % self._every == 0
-        self._pending[step] = index, self._digest(state) if due else None
+        self._pending[step] = index, self._digests(state) if due else None
 
     def finished(self, step: int, metrics: StepMetrics) -> None:
         """The metrics of `step` are here, on the host."""
         index, digests = self._pending.pop(step)
-        values = {"batch": hex_digest(metrics.batch_digest), "loss": float(metrics.loss).hex(),
-                  "grad_norm": float(metrics.grad_norm).hex()}
+        values = bits_of(metrics)
         if digests is not None:
-            self._known = step, _read(digests)
+            self._known = step, in_hex(digests)
             values |= self._known[1]
         if self._ledger:
             self._ledger.step(step, index=index, **values)
@@ -95,7 +94,7 @@ class StepLedger:
     def meta(self, step: int, state: TrainState) -> dict[str, Any]:
         """What the checkpoint of `step` keeps for `begin`. The ledger is in its file by then."""
         if self._known[0] != step:
-            self._known = step, self.state_digests(state)
+            self._known = step, self._digests.read(state)
         if self._ledger:
             self._ledger.flush()
         return {**self._known[1], "lineage": self._lineage, "chain": self._ledger.chain if self._ledger else None}
@@ -106,25 +105,38 @@ class StepLedger:
         if self._ledger:
             self._ledger.rollback(to, skipped)
 
-    def state_digests(self, state: TrainState) -> dict[str, str]:
-        """Hexadecimal digests of `params` and `optimizer`; waits for the device."""
-        return _read(self._digest(state))
-
     def close(self) -> None:
         if self._ledger:
             self._ledger.close()
 
 
-def state_digester(mesh: Mesh) -> Any:
-    """A jitted function: state -> {'params', 'optimizer'}, a uint32 [2] digest of each."""
-    options = compiler_options(mesh.devices.flat[0].platform)
-
-    @functools.partial(jax.jit, compiler_options=options)
-    def digests(state: TrainState) -> dict[str, jax.Array]:
-        return {"params": tree_digest(state.params), "optimizer": tree_digest(state.opt_state)}
-
-    return digests
+def bits_of(metrics: StepMetrics) -> dict[str, str]:
+    """What a step's line says of its metrics, which are on the host."""
+    return {"batch": hex_digest(metrics.batch_digest), "loss": float(metrics.loss).hex(),
+            "grad_norm": float(metrics.grad_norm).hex()}
 
 
-def _read(digests: dict[str, jax.Array]) -> dict[str, str]:
+class StateDigests:
+    """Digests of `params` and `optimizer`, computed on the devices of `mesh`."""
+
+    def __init__(self, mesh: Mesh):
+        options = compiler_options(mesh.devices.flat[0].platform)
+
+        @functools.partial(jax.jit, compiler_options=options)
+        def digests(state: TrainState) -> dict[str, jax.Array]:
+            return {"params": tree_digest(state.params), "optimizer": tree_digest(state.opt_state)}
+
+        self._digests = digests
+
+    def __call__(self, state: TrainState) -> dict[str, jax.Array]:
+        """A uint32 [2] digest of each, which the device will have."""
+        return self._digests(state)
+
+    def read(self, state: TrainState) -> dict[str, str]:
+        """Their hexadecimal digits; waits for the device."""
+        return in_hex(self(state))
+
+
+def in_hex(digests: dict[str, jax.Array]) -> dict[str, str]:
+    """Waits for the digests of `StateDigests`."""
     return {name: hex_digest(value) for name, value in jax.device_get(digests).items()}
