@@ -19,17 +19,19 @@ class Checkpointer:
     """Saves asynchronously, commits atomically, prunes by policy. Every process of a run makes one and calls it alike.
 
     A save copies the state to the host, returns, and writes in the background. When it is complete, checkpoints
-    that are neither among the newest `keep_last` nor multiples of `keep_every` (0: none) are deleted, never before.
+    that are neither among the newest `keep_last` nor multiples of `keep_every` (0: none), nor the newest one that lies
+    `keep_behind` steps behind, are deleted, never before.
     What goes wrong in the background is raised as CheckpointError by the next call, whichever it is.
     The constructor removes what killed saves left, so only the holder of the run's lock may make one;
     readers use `latest_step`, `read_meta`, `restore_state` and `tree_digest`.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep_last: int, keep_every: int = 0) -> None:
-        if keep_last < 1 or keep_every < 0:
-            raise ValueError(f"{keep_last=} must be at least 1 and {keep_every=} at least 0")
+    def __init__(self, directory: str | os.PathLike[str], *, keep_last: int, keep_every: int = 0,
+                 keep_behind: int = 0) -> None:
+        if keep_last < 1 or keep_every < 0 or keep_behind < 0:
+            raise ValueError(f"{keep_last=} must be at least 1, {keep_every=} and {keep_behind=} at least 0")
         self.directory = Path(directory).absolute()
-        self._keep_last, self._keep_every = keep_last, keep_every
+        self._keep = keep_last, keep_every, keep_behind
         self._primary = jax.process_index() == 0
         self._orbax: Any = None  # made by the first save: importing Orbax is not paid before the first step
         self._saving: Path | None = None
@@ -90,6 +92,20 @@ class Checkpointer:
         self.wait()
         return layout.read_meta(self.directory, step)
 
+    def rewind(self, step: int, *, expected: bool) -> None:
+        """Deletes every checkpoint after `step`, the newest first: the run is about to make those steps again, and
+        differently. Every process must call it. Raises CheckpointError, with nothing deleted, where none would be left
+        though one is `expected`."""
+        self.wait()
+        doomed = [later for later in self._steps if later > step]
+        if expected and len(doomed) == len(self._steps):
+            raise CheckpointError(f"{self.directory} has no checkpoint up to step {step} to go back to: raise "
+                                  "checkpoint.keep_last, or lower resilience.spike.skip_batches")
+        for later in reversed(doomed):
+            if self._primary:
+                layout.delete(layout.step_path(self.directory, later))
+        self._steps = [kept for kept in self._steps if kept <= step]
+
     def wait(self) -> None:
         """Returns when nothing is being written. Raises CheckpointError where the last save failed."""
         if self._background is not None:
@@ -132,7 +148,7 @@ class Checkpointer:
             self._error = self._failed(path, error)
             return
         steps = [*self._steps, step]
-        doomed = layout.steps_to_delete(steps, self._keep_last, self._keep_every)
+        doomed = layout.steps_to_delete(steps, *self._keep)
         self._steps = sorted(set(steps) - set(doomed))
         if not self._primary:
             return

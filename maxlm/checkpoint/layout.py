@@ -119,13 +119,15 @@ def read_meta(directory: str | os.PathLike[str], step: int | None = None) -> dic
     return read_document(step_path(directory, require_step(directory, step)))["meta"]
 
 
-def steps_to_delete(steps: list[int], keep_last: int, keep_every: int) -> list[int]:
+def steps_to_delete(steps: list[int], keep_last: int, keep_every: int, keep_behind: int = 0) -> list[int]:
     """Of the complete `steps`, those that neither belong to the newest `keep_last` nor are multiples of `keep_every`.
 
-    keep_every=0 keeps none beyond keep_last.
+    keep_every=0 keeps none beyond keep_last. keep_behind: the newest one that lies so many steps behind the step after
+    the newest stays as well, for a rollback.
     """
     older = sorted(steps)[:-keep_last]
-    return [step for step in older if not (keep_every and step % keep_every == 0)]
+    behind = max((step for step in steps if step <= max(steps) + 1 - keep_behind), default=None)
+    return [step for step in older if step != behind and not (keep_every and step % keep_every == 0)]
 
 
 def prepare(directory: Path) -> None:

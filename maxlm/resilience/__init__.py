@@ -1,11 +1,13 @@
 """What keeps a run safe: one process group a run directory (run_lock.py), stopping on request (preemption.py) or for
-its own safety (stopped.py), a record of every step (ledger.py), and of where the time went (goodput.py)."""
+its own safety (stopped.py), a record of every step (ledger.py), and of where the time went (goodput.py), and what is
+done about bad losses (anomaly.py)."""
 
+from maxlm.resilience.anomaly import AnomalyMonitor, Spike
 from maxlm.resilience.goodput import Goodput, process_started, read_goodput
 from maxlm.resilience.ledger import Ledger, lineage_of, read_ledger
 from maxlm.resilience.preemption import StopRequest
 from maxlm.resilience.run_lock import RunLock
 from maxlm.resilience.stopped import RunStopped
 
-__all__ = ["Goodput", "Ledger", "RunLock", "RunStopped", "StopRequest", "lineage_of", "process_started",
-           "read_goodput", "read_ledger"]
+__all__ = ["AnomalyMonitor", "Goodput", "Ledger", "RunLock", "RunStopped", "Spike", "StopRequest", "lineage_of",
+           "process_started", "read_goodput", "read_ledger"]

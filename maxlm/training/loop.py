@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -28,8 +27,9 @@ from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData, TrainingData
 from maxlm.parallel.distributed import check_identical, together
 from maxlm.parallel.mesh import check_divisible, make_mesh
-from maxlm.resilience import Goodput, RunLock, RunStopped, StopRequest
+from maxlm.resilience import Goodput, RunLock, Spike, StopRequest
 from maxlm.schema import ConfigError, from_dict, to_dict
+from maxlm.training.anomalies import StepAnomalies
 from maxlm.training.evaluate import Evaluation, local_rows, make_evaluator, to_device
 from maxlm.training.metrics import MetricsWriter, plot_loss
 from maxlm.training.progress import Progress
@@ -60,8 +60,8 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
     Every process of a run calls it alike (parallel/distributed.py); process 0 alone writes what is not a checkpoint.
     goodput: the clock of this start, where it started before this call.
     Raises ConfigError for a user's mistake (before the run is touched), CheckpointError where a save or restore
-    failed, IntegrityError where every checkpoint is damaged (with `strict`: where the newest is), RunStopped where the
-    loss stopped being finite, PeerError where another process failed while setting up.
+    failed, IntegrityError where every checkpoint is damaged (with `strict`: where the newest is), RunStopped where
+    anomalies repeat, PeerError where another process failed while setting up.
     """
     leader = jax.process_index() == 0
     with contextlib.ExitStack() as held:
@@ -85,7 +85,9 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
             _check_vocabulary(config, data)
         check_identical({"the config": json.dumps(to_dict(config)), "the prepared data": data.digest,
                          "the maxlm version": __version__, "the jax version": jax.__version__})
-        keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
+        spike = config.resilience.spike
+        keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every,
+                "keep_behind": spike.skip_batches if spike.action == "rollback" else 0}
         with StopRequest() as stop, Checkpointer(run_dir / CHECKPOINTS, **keep) as checkpointer:
             run = _Run(config, run_dir, mesh, data, heldout, checkpointer, say, goodput or Goodput(run_dir))
             return run.until_done(stop, strict)
@@ -122,6 +124,9 @@ class _Run:
         self.rows = local_rows(mesh, config.train.global_batch_size)
         self.leader = jax.process_index() == 0
         self.throughput = Throughput(config, mesh)
+        self.anomalies = StepAnomalies(config, run_dir, checkpointer.latest_step,
+                                       lambda text: self.progress.line(text))
+        self.rewound = 0  # steps that rollbacks of this start went back, all together
 
     def until_done(self, stop: StopRequest, strict: bool) -> Outcome:
         config, last = self.config, self.config.train.num_steps
@@ -133,6 +138,7 @@ class _Run:
             return Outcome(start, tokens, False, None, state)
         self._record_config()
         self.tokens = tokens
+        self.anomalies.begin(meta)
         self.evaluate = make_evaluator(config, self.mesh)
         self.writer = MetricsWriter(self.run_dir, start, config.logging.tensorboard) if self.leader else None
         self.ledger = StepLedger(config, self.run_dir, self.mesh, self.data.digest)
@@ -145,7 +151,10 @@ class _Run:
                 if step_function is None:  # killed or stopped between the last save and the end
                     return self._end(state, start, evaluation is None, evaluation)
                 with self.goodput.stepping():
-                    return self._steps(step_function, state, start, stop)
+                    while isinstance(end := self._steps(step_function, state, start, stop), Spike):
+                        del state  # on the device there is room for one
+                        state, start = self._roll_back(end, strict)
+                return end
         finally:
             self._leave()
 
@@ -194,7 +203,8 @@ class _Run:
                 if (folder / name).exists():
                     shutil.copyfile(folder / name, self.run_dir / name)
 
-    def _steps(self, step_function: Any, state: TrainState, start: int, stop: StopRequest) -> Outcome:
+    def _steps(self, step_function: Any, state: TrainState, start: int, stop: StopRequest) -> Outcome | Spike:
+        """Trains from `start` to the end, to a stop, or to a spike that is to be rolled back."""
         config, last = self.config, self.config.train.num_steps
         self.mark, self.marked_step = time.perf_counter(), start
         pending: StepMetrics | None = None
@@ -202,21 +212,24 @@ class _Run:
         data = config.data
         batches = self.data.iterate(
             start, self.rows, read_threads=data.read_threads, worker_processes=data.worker_processes,
-            prefetch_batches=data.prefetch_batches,
+            prefetch_batches=data.prefetch_batches, skipped=self.anomalies.skipped,
         )
         try:
             for index, batch in self.goodput.waiting(batches):
                 self._profile(index, pending)
                 state, metrics = step_function(state, to_device(batch, self.mesh))
-                if pending is not None:
-                    self._finished(index, pending)
+                if pending is not None and (spike := self._finished(index, pending)):
+                    return spike
                 pending, step = metrics, index + 1
-                stopping = stop.should_stop(step)
+                # JAX agrees on a stop by numbers that only grow, which steps do not.
+                stopping = stop.should_stop(step + self.rewound) or self.anomalies.halted
                 saving = stopping or step == last or step % config.checkpoint.every_steps == 0
                 evaluating = step == last or (config.eval.every_steps and step % config.eval.every_steps == 0)
-                self.ledger.dispatched(step, index, state, saving=saving)
+                self.ledger.dispatched(step, self.anomalies.data_index(index), state, saving=saving)
                 if saving or evaluating:
-                    self._finished(step, pending)
+                    # What is saved has no unseen spike in it: all metrics up to it are read first.
+                    if spike := self._finished(step, pending):
+                        return spike
                     pending, paused = None, time.perf_counter()
                     # Evaluated first, a saved step has all its rows in metrics.jsonl, whenever the run is killed.
                     # One asked to stop has little time: it saves, and its next start evaluates.
@@ -231,6 +244,7 @@ class _Run:
         finally:
             batches.close()
             self._profile(None, pending)
+        self.anomalies.check()
         return self._end(state, step, stopping, evaluation)
 
     def _end(self, state: TrainState, step: int, preempted: bool, evaluation: Evaluation | None) -> Outcome:
@@ -242,24 +256,20 @@ class _Run:
                 self.writer.write({"step": step, "tokens": self.tokens, "preempted": True})
         return Outcome(step, self.tokens, preempted, evaluation, state)
 
-    def _finished(self, step: int, metrics: StepMetrics) -> None:
-        """Step `step` is done or about to be: takes in its metrics, and logs when it is time to."""
+    def _finished(self, step: int, metrics: StepMetrics) -> Spike | None:
+        """Step `step` is done or about to be: takes in its metrics, and logs when it is time to. A spike is returned
+        where the run must roll back from it."""
         metrics = jax.device_get(metrics)
         self.ledger.finished(step, metrics)
         self.goodput.step_done(step)
-        loss, grad_norm, update_norm, rate, tokens = (float(value) for value in metrics[:5])
-        self.tokens += int(tokens)
-        if not math.isfinite(loss + update_norm):
-            newest = self.checkpointer.latest_step()
-            raise RunStopped(
-                f"loss is {loss} and update norm {update_norm} at step {step}: stopped before saving it; "
-                + (f"the last good checkpoint is step {newest}" if newest is not None else "no checkpoint was made yet")
-                + ". Lower optimizer.learning_rate or look at the batch of this step"
-            )
+        loss, grad_norm, update_norm, rate, tokens, skipped = (float(value) for value in metrics[:6])
+        self.tokens += 0 if skipped else int(tokens)
+        if spike := self.anomalies.finished(step, metrics):
+            return spike
         self.progress.advance(step)
         every, last = self.config.logging.every_steps, self.config.train.num_steps
         if step % every and step != last:
-            return
+            return None
         now = time.perf_counter()
         seconds = (now - self.mark) / (step - self.marked_step)
         self.mark, self.marked_step = now, step
@@ -267,10 +277,29 @@ class _Run:
             "step": step, "tokens": self.tokens, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm,
             "update_norm": update_norm, "step_seconds": seconds, "mfu": self.throughput.mfu(seconds),
             "tokens_per_second_per_chip": self.throughput.tokens_per_second_per_chip(seconds),
+            **self.anomalies.counts,
         }
         if self.writer:
             self.writer.write(row)
             self.progress.figures(row, (last - step) * seconds)
+        return None
+
+    def _roll_back(self, spike: Spike, strict: bool) -> tuple[TrainState, int]:
+        """Back to the newest good checkpoint that has not seen the batches of `spike`, which are left out from now on.
+        The checkpoints after it are deleted: they belong to steps that are made again, of other batches."""
+        self.anomalies.check()
+        batches = self.anomalies.batches_of(spike)
+        with self.goodput.phase("restore"):
+            self.checkpointer.rewind(spike.resume_at, expected=spike.resume_at >= self.config.checkpoint.every_steps)
+            state, step, meta = self._state(strict)
+        self.anomalies.rolled_back(spike, step, meta)
+        self.ledger.rollback(step, batches)
+        self.tokens = meta.get("data", {}).get("tokens", 0)
+        self.rewound += spike.step - step
+        if self.writer:
+            self.writer.close()
+            self.writer = MetricsWriter(self.run_dir, step, self.config.logging.tensorboard)
+        return state, step
 
     def _evaluate(self, step: int, state: TrainState, stop: StopRequest) -> Evaluation | None:
         """The held-out result, logged; None where the run was asked to stop meanwhile."""
@@ -293,7 +322,9 @@ class _Run:
                 "step": step,
                 "evaluation_owed": evaluation_owed,
                 "config": to_dict(self.config),
-                "data": {"digest": self.data.digest, "step": step, "tokens": self.tokens},
+                "data": {"digest": self.data.digest, "step": step, "tokens": self.tokens,
+                         "skipped": self.anomalies.skipped},
+                "anomalies": self.anomalies.state(),
                 "ledger": self.ledger.meta(step, state),
                 "versions": {"maxlm": __version__, "jax": jax.__version__},
             }
