@@ -69,12 +69,13 @@ def train(config: pathlib.Path, run: pathlib.Path, *overrides: str) -> int:
     return main(arguments(config, run, *overrides))
 
 
-def start(words: list[str], xla_flags: str | None = None) -> subprocess.Popen[str]:
-    """`maxlm WORDS` as its own process, on one device where `xla_flags` is ONE_DEVICE."""
+def start(words: list[str], xla_flags: str | None = None, program: tuple[str, ...] = ("maxlm",)) -> subprocess.Popen[str]:
+    """`maxlm WORDS` as its own process, on one device where `xla_flags` is ONE_DEVICE. program: another module to run,
+    and words that go before."""
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(maxlm.__file__).parents[1])}
     if xla_flags is not None:
         environment["XLA_FLAGS"] = xla_flags
-    return subprocess.Popen([sys.executable, "-m", "maxlm", *map(str, words)], stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-m", *program, *map(str, words)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env=environment)
 
 
