@@ -67,9 +67,8 @@ class AnomalyMonitor:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often what happened so far, on the way to the present state."""
-        seen = self._history
-        return {"skipped_updates": seen.skipped_updates, "spikes": seen.spikes, "rollbacks": len(seen.rollbacks)}
+        """How many updates were skipped, and how many spikes trained on, on the way to the present state."""
+        return {"skipped_updates": self._history.skipped_updates, "spikes": self._history.spikes}
 
     def observe(self, step: int, loss: float, grad_norm: float, skipped: bool) -> Spike | None:
         """Takes in the metrics of `step`, which follows the last one observed. The spike to roll back from, if any."""
@@ -79,11 +78,11 @@ class AnomalyMonitor:
         seen, policy = self._history, self._spike
         seen.consecutive = 0
         spike = self._spike_of(step, loss)
+        if spike is not None and policy.action == "rollback":
+            self._check_rollbacks(spike)
+            return spike
         if spike is not None:
             seen.spikes += 1
-            if policy.action == "rollback":
-                self._check_rollbacks(spike)
-                return spike
             if not seen.in_spike:  # one report an episode
                 self._report({"event": "spike", **dataclasses.asdict(spike)})
         seen.in_spike = spike is not None
@@ -111,6 +110,8 @@ class AnomalyMonitor:
         seen.consecutive += 1
         seen.skipped_steps = [s for s in [*seen.skipped_steps, step] if s > step - policy.window]
         self._report({"event": "skipped_update", "step": step, "loss": loss, "grad_norm": grad_norm})
+        if self.halt:  # the step that was under way when the first reason was seen
+            return
         if seen.consecutive > policy.max_consecutive:
             self.halt = f"{seen.consecutive} updates in a row were skipped (resilience.nonfinite.max_consecutive)"
         elif len(seen.skipped_steps) > policy.max_in_window:

@@ -31,7 +31,7 @@ class StepAnomalies:
 
     @property
     def counts(self) -> dict[str, int]:
-        """`skipped_updates`, `spikes` and `rollbacks` so far, for a row of metrics."""
+        """`skipped_updates` and `spikes` so far, for a row of metrics."""
         return self._monitor.counts
 
     @property

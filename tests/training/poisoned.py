@@ -40,8 +40,9 @@ def poison(indices: dict[str, list[int]], replace: Callable[[Any, str, Any], Non
         state = fresh(config, mesh)
         if "nan" in indices:
             value = state.params.embedding[...]
-            spoil = jax.jit(lambda table: table.at[NOT_A_NUMBER].set(np.nan), out_shardings=value.sharding)
-            state.params.embedding[...] = spoil(value)
+            table = np.array(value)
+            table[NOT_A_NUMBER] = np.nan
+            state.params.embedding[...] = jax.device_put(table, value.sharding)
         return state
 
     replace(loader._Batches, "__getitem__", poisoned_read)

@@ -69,7 +69,8 @@ def train(config: pathlib.Path, run: pathlib.Path, *overrides: str) -> int:
     return main(arguments(config, run, *overrides))
 
 
-def start(words: list[str], xla_flags: str | None = None, program: tuple[str, ...] = ("maxlm",)) -> subprocess.Popen[str]:
+def start(words: list[str], xla_flags: str | None = None,
+          program: tuple[str, ...] = ("maxlm",)) -> subprocess.Popen[str]:
     """`maxlm WORDS` as its own process, on one device where `xla_flags` is ONE_DEVICE. program: another module to run,
     and words that go before."""
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(maxlm.__file__).parents[1])}

@@ -71,7 +71,8 @@ def rolled_back(config, tmp_path_factory):
 
 def test_a_spike_is_rolled_back_and_its_batches_left_out(rolled_back):
     run, saved = rolled_back
-    assert saved == [4, 8, 12, 16, 20], "step 12 is not saved before its own spike was seen"
+    # 12 only once: not before its own spike was seen. 16 twice: it had seen batches that the second spike left out.
+    assert saved == [4, 8, 12, 16, 16, 20]
     first, second = events_of(run)
     assert (first["event"], first["step"], first["data_index"], first["back_at"]) == ("rollback", 12, 11, 8)
     assert first["skipped_data"] == [9, 10, 11] and first["loss"] > first["limit"] > first["median"]
@@ -81,7 +82,7 @@ def test_a_spike_is_rolled_back_and_its_batches_left_out(rolled_back):
     assert meta["data"]["skipped"] == [[9, 12], [18, 21]] and meta["anomalies"]["rollbacks"] == [12, 18]
     rows = [row for row in rows_of(run) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "rows of what was undone are gone"
-    assert max(row["loss"] for row in rows[8:]) < first["limit"] and rows[-1]["rollbacks"] == 2
+    assert max(row["loss"] for row in rows[8:]) < first["limit"]
     assert [row.step for row in list_checkpoints(run / "checkpoints")] == [16, 20]
 
 
@@ -109,7 +110,7 @@ def test_spike_after_spike_stops_the_run(config, tmp_path, monkeypatch, capsys):
     limit = "resilience.spike.max_rollbacks=2"
     assert train(config, tmp_path, *COMMON, *ROLLBACK, limit, "checkpoint.every_steps=4") == 3
     assert "after 2 rollbacks within 1000 steps" in capsys.readouterr().err
-    assert latest_step(tmp_path / "checkpoints") == 8
+    assert latest_step(tmp_path / "checkpoints") == 4, "what came before the first bad batches"
 
 
 def life(config, run, killed_after=None, delay=0.0):
