@@ -53,6 +53,10 @@ class Transformer(nnx.Module):
         return self.embedding if self.head is None else self.head
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        return self.hidden(self.embed(tokens_BT), positions_BT, segment_ids_BT)
+
+    def hidden(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        """Final hidden states [B, T, D] of embedded tokens."""
         turn = rotation(self.config.rope, self.config.head_dim, positions_BT)
 
         def repeat(x_BTD: jax.Array, blocks: tuple[Block, ...]) -> jax.Array:
@@ -65,7 +69,6 @@ class Transformer(nnx.Module):
             # would find the recomputed values in the forward pass and keep those instead.
             scanned = self.unroll != "all" and self.unroll < self.num_repeats
             repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[self.remat], prevent_cse=not scanned)
-        x_BTD = self.embed(tokens_BT)
         stacks = self.stacks()
         if self.unroll == "all":
             for blocks in _unstacked(stacks):

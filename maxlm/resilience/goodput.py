@@ -5,6 +5,7 @@ At every moment exactly one category is running, so the categories add up to the
     data_wait   waiting for the next batch            save        the part of a save that holds up the steps
     evaluation  held-out evaluation                   restore     reading a checkpoint
     compile     compiling the step                    startup     from the start of the process to the first step
+    check       looking for silent corruption
     unfinished  steps that were cut short by a kill, a failure or a hang, or are being made
     idle        between the last sign of life of one process and the start of the next
     other       everything else: figures, samples, clearing up
@@ -26,8 +27,8 @@ from typing import Any, TypeVar
 
 FILE = "goodput.json"
 FORMAT = 1
-CATEGORIES = ("productive", "redone", "data_wait", "save", "evaluation", "restore", "compile", "startup", "unfinished",
-              "idle", "other")
+CATEGORIES = ("productive", "redone", "data_wait", "save", "evaluation", "restore", "compile", "startup", "check",
+              "unfinished", "idle", "other")
 SAVE_SECONDS = 2.0
 T = TypeVar("T")
 

@@ -30,6 +30,7 @@ from maxlm.parallel.mesh import check_divisible, make_mesh
 from maxlm.resilience import Goodput, RunLock, Spike, StopRequest
 from maxlm.schema import ConfigError, from_dict, to_dict
 from maxlm.training.anomalies import StepAnomalies
+from maxlm.training.corruption import CorruptionCheck
 from maxlm.training.evaluate import Evaluation, local_rows, make_evaluator, to_device
 from maxlm.training.metrics import MetricsWriter, plot_loss
 from maxlm.training.progress import Progress
@@ -162,6 +163,8 @@ class _Run:
         clock = time.perf_counter()
         with self.goodput.phase("compile"):
             step_function = compile_step(self.config, self.mesh)
+            checked = self.config.resilience.corruption_check_every_steps
+            self.corruption = CorruptionCheck(self.config, self.mesh) if checked else None
         self.say(f"step compiled in {time.perf_counter() - clock:.1f} s; training from step {start} on "
                  f"{self.mesh.size} {self.mesh.devices.flat[0].device_kind} device(s)")
         return step_function
@@ -217,7 +220,8 @@ class _Run:
         try:
             for index, batch in self.goodput.waiting(batches):
                 self._profile(index, pending)
-                state, metrics = step_function(state, to_device(batch, self.mesh))
+                batch = to_device(batch, self.mesh)
+                state, metrics = step_function(state, batch)
                 if pending is not None and (spike := self._finished(index, pending)):
                     return spike
                 pending, step = metrics, index + 1
@@ -226,6 +230,9 @@ class _Run:
                 saving = stopping or step == last or step % config.checkpoint.every_steps == 0
                 evaluating = step == last or (config.eval.every_steps and step % config.eval.every_steps == 0)
                 self.ledger.dispatched(step, self.anomalies.data_index(index), state, saving=saving)
+                if self.corruption and step % config.resilience.corruption_check_every_steps == 0:
+                    with self.goodput.phase("check"):
+                        self.corruption.check(step, state, batch)
                 if saving or evaluating:
                     # What is saved has no unseen spike in it: all metrics up to it are read first.
                     if spike := self._finished(step, pending):

@@ -18,6 +18,13 @@ def token_count(batch: Batch) -> jax.Array:
 
 def summed_loss(model: Transformer, batch: Batch, *, z_loss: float, chunks: int | str) -> CrossEntropy:
     """Sums over the batch; divide by `token_count` for the mean. Batch arrays are int32 [B, T]."""
-    x_BTD = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+    return loss_of_embedded(model, model.embed(batch["tokens"]), batch, z_loss=z_loss, chunks=chunks)[0]
+
+
+def loss_of_embedded(model: Transformer, x_BTD: jax.Array, batch: Batch, *, z_loss: float,
+                     chunks: int | str) -> tuple[CrossEntropy, jax.Array]:
+    """`summed_loss` of embedded tokens, and the final hidden states [B, T, D]."""
+    x_BTD = model.hidden(x_BTD, batch["positions"], batch["segment_ids"])
     cap = model.config.logit_softcap
-    return linear_cross_entropy(x_BTD, model.head_weight[...], batch["targets"], z_loss, cap, chunks)
+    sums = linear_cross_entropy(x_BTD, model.head_weight[...], batch["targets"], z_loss, cap, chunks)
+    return sums, x_BTD

@@ -84,11 +84,11 @@ def _accumulate(gradient: Callable, params: Any, batch: Batch, microbatches: int
         return jax.tree.map(jnp.add, carry, (loss, grads)), None
 
     start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, start, {name: _split(rows, microbatches) for name, rows in batch.items()})
+    total, _ = jax.lax.scan(add, start, {name: split_rows(rows, microbatches) for name, rows in batch.items()})
     return total
 
 
-def _split(rows_BT: jax.Array, microbatches: int) -> jax.Array:
+def split_rows(rows_BT: jax.Array, microbatches: int) -> jax.Array:
     """[B, T] -> [microbatches, B / microbatches, T], each slice taking rows from every device so that none move."""
     batch, length = rows_BT.shape
     size = batch // microbatches
