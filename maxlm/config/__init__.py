@@ -21,24 +21,40 @@ from maxlm.schema import check_types, flatten, not_negative, positive, require
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """One prepared folder of a mixture and its sampling weight (in rows of `train.seq_len` tokens)."""
+    """One prepared folder of a mixture and its sampling weight (in rows of `train.seq_len` tokens). 0 is for one that
+    only a later stage draws from."""
 
     path: str
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_types(self, "data.mixture")
-        positive("data.mixture", weight=self.weight)
+        not_negative("data.mixture", weight=self.weight)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """From step `from_step` on, rows are drawn with these weights in place of `data.mixture`'s; folders that are not
+    named here rest. Each folder goes on where it was, so that no row comes again before its epoch is over."""
+
+    from_step: int
+    mixture: tuple[DatasetConfig, ...]
+
+    def __post_init__(self) -> None:
+        check_types(self, "data.stages")
+        positive("data.stages", from_step=self.from_step)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where tokens come from: one prepared folder (`path`), several (`mixture`), or a named `source` that
-    `maxlm train` prepares into `RUN_DIR/data` on first use, with the tokenizer and split given here."""
+    `maxlm train` prepares into `RUN_DIR/data` on first use, with the tokenizer and split given here. `stages` change
+    the weights of `mixture` during the run."""
 
     path: str | None = None
     source: str | None = None
     mixture: tuple[DatasetConfig, ...] = ()
+    stages: tuple[StageConfig, ...] = ()
     tokenizer: str = "bytes"  # for `source`: 'bytes', 'bpe:SIZE', or a tokenizer.json
     heldout_fraction: float = 0.02  # for `source`: share of documents, chosen by hash
     read_threads: int = 4
@@ -49,9 +65,41 @@ class DataConfig:
         check_types(self, "data")
         given = [n for n in ("path", "source", "mixture") if getattr(self, n)]
         require(len(given) <= 1, f"data.{' and data.'.join(given)} are both given: keep one of path, source, mixture")
+        self._check_stages()
         require(0 < self.heldout_fraction < 1, f"data.heldout_fraction={self.heldout_fraction} must be between 0 and 1")
         positive("data", read_threads=self.read_threads, prefetch_batches=self.prefetch_batches)
         not_negative("data", worker_processes=self.worker_processes)
+
+    def _check_stages(self) -> None:
+        require(not self.stages or self.mixture, "data.stages needs data.mixture, which names the folders")
+        steps = [stage.from_step for stage in self.stages]
+        require(all(a < b for a, b in zip(steps, steps[1:], strict=False)),
+                f"data.stages: from_step must ascend from stage to stage, not {', '.join(map(str, steps))}")
+        paths = [dataset.path for dataset in self.mixture]
+        for stage in self.stages:
+            named = [dataset.path for dataset in stage.mixture]
+            where = f"data.stages from step {stage.from_step}"
+            for path in named:
+                require(path in paths, f"{where}: {path!r} is not a folder of data.mixture ({', '.join(paths)}): add "
+                                       "it there, with weight 0 if earlier stages leave it out")
+            require(len(set(named)) == len(named) and len(set(paths)) == len(paths),
+                    f"{where}: a folder is named twice, in the stage or in data.mixture")
+        weights = self.weights_by_step()
+        for from_step, of_stage in weights if self.mixture else ():
+            require(any(of_stage), "data.mixture: all weights are 0" if not from_step else
+                    f"data.stages from step {from_step}: all weights are 0: give a folder a weight")
+        for path, ever in zip(paths, zip(*(of_stage for _, of_stage in weights), strict=True), strict=False):
+            require(any(ever), f"data.mixture: {path} has weight 0 in every stage: give it one, or leave it out")
+
+    def weights_by_step(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
+        """(first step, weight of each folder of `mixture`) for each stage, the first from step 0."""
+        paths = [dataset.path for dataset in self.mixture]
+        stages = [(0, self.mixture), *((stage.from_step, stage.mixture) for stage in self.stages)]
+        return tuple(
+            (first, tuple(float({d.path: d.weight for d in named}.get(path, 0.0)) for path in paths))
+            if first else (0, tuple(float(d.weight) for d in named))
+            for first, named in stages
+        )
 
 
 @dataclass(frozen=True)
@@ -288,8 +336,10 @@ def training_difference(saved: RunConfig, now: RunConfig) -> list[str]:
     user's choice.
     """
     before, after = flatten(saved), flatten(now)
-    for leaves in (before, after):
-        leaves["data.mixture"] = [dataset.weight for dataset in leaves["data.mixture"]]
+    for leaves, config in ((before, saved), (after, now)):
+        del leaves["data.stages"]
+        leaves["data.mixture"] = [weights for _, weights in config.data.weights_by_step()]
+        leaves["data.stages"] = [first for first, _ in config.data.weights_by_step()[1:]]
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

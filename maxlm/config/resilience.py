@@ -79,15 +79,18 @@ class WatchdogConfig:
 class ResilienceConfig:
     """digest_every_steps: steps between digests of parameters and optimizer state in the ledger, which has one at every
     saved step besides. corruption_check_every_steps: steps between checks for silent corruption, in which every device
-    repeats its neighbour's computation; each costs about one step and a half of time (0: never)."""
+    repeats its neighbour's computation; each costs about one step and a half of time (0: never).
+    stop_seconds: after SIGTERM or Ctrl-C a run saves and leaves; where it has not by this many seconds (a step, compile
+    or save takes longer), it leaves with what is saved. Give less than the scheduler gives before it kills."""
 
     digest_every_steps: int = 100
     corruption_check_every_steps: int = 0
     nonfinite: NonfiniteConfig = field(default_factory=NonfiniteConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    stop_seconds: float = 120.0
 
     def __post_init__(self) -> None:
         check_types(self, "resilience")
-        positive("resilience", digest_every_steps=self.digest_every_steps)
+        positive("resilience", digest_every_steps=self.digest_every_steps, stop_seconds=self.stop_seconds)
         not_negative("resilience", corruption_check_every_steps=self.corruption_check_every_steps)

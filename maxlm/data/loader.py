@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import DatasetConfig
-from maxlm.data.mixture import mixed_rows, mixture_digest, open_datasets, row_source
+from maxlm.data.mixture import Stages, mixed_rows, mixture_digest, open_datasets, row_source
 from maxlm.data.rows import Batch, RowFormat
 from maxlm.data.skipping import Skipped, data_index
 from maxlm.schema import require
@@ -73,15 +73,18 @@ class BatchStream:
 class TrainingData:
     """The training rows of a mixture of prepared folders.
 
-    digest: SHA-256 of the tokens and weights. rows, tokens: in one epoch of every folder. Raises ConfigError where
-    open_datasets does, and when the data is shorter than one global batch.
+    stages: (first step, weight of each folder), ascending from step 0, where the weights change during the run (in
+    place of those in `folders`); a step here is the number of a batch. digest: SHA-256 of the tokens and weights.
+    rows, tokens: in one epoch of every folder. Raises ConfigError where open_datasets does, and when the data is
+    shorter than one global batch.
     """
 
     def __init__(
-        self, folders: Sequence[DatasetConfig], *, seq_len: int, global_batch_size: int, seed: int, verify: bool = False
+        self, folders: Sequence[DatasetConfig], *, seq_len: int, global_batch_size: int, seed: int,
+        stages: Stages = (), verify: bool = False,
     ):
         self.datasets = open_datasets(folders, seq_len=seq_len, verify=verify)
-        self.digest = mixture_digest(self.datasets)
+        self.digest = mixture_digest(self.datasets, stages)
         self.row_format = self.datasets[0].manifest.row_format
         self.vocab_size = self.row_format.vocab_size
         self.tokenizer_path = self.datasets[0].tokenizer_path
@@ -93,7 +96,7 @@ class TrainingData:
             f"the data is shorter than one batch: {self.rows} rows of {seq_len} tokens, "
             f"train.global_batch_size={global_batch_size}: lower it or train.seq_len, or prepare more text",
         )
-        self._rows = mixed_rows(self.datasets, seed)
+        self._rows = mixed_rows(self.datasets, seed, stages, global_batch_size)
 
     def batch(self, index: int, rows: Sequence[int] | None = None) -> Batch:
         """The global batch at data index `index`, or those of its `rows` (0 to global_batch_size) that this process

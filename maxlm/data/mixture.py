@@ -1,16 +1,18 @@
 """Which row is row number n of training: every dataset shuffled anew each epoch, and datasets mixed by weight.
 
-Grain's `MapDataset` does this by random access: row n is found without visiting rows 0..n-1.
+Grain's `MapDataset` does this by random access: row n is found without visiting rows 0..n-1. Weights that change
+during a run (stages) keep that: how many rows each dataset has given before a stage begins has a closed form.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from maxlm.config import DatasetConfig
 from maxlm.data.manifest import TOKENIZER, Manifest, Split, check_shards, load_manifest
@@ -60,10 +62,16 @@ def open_datasets(configs: Sequence[DatasetConfig], *, seq_len: int, verify: boo
     return tuple(datasets)
 
 
-def mixture_digest(datasets: Sequence[Dataset]) -> str:
-    """SHA-256 over each dataset's digest and its share of the weights."""
-    total = sum(d.weight for d in datasets)
-    content = [[d.manifest.digest, round(d.weight / total, 9)] for d in datasets]
+Weights = tuple[float, ...]
+Stages = Sequence[tuple[int, Weights]]  # (first step, weight of each dataset), ascending, the first from step 0
+
+
+def mixture_digest(datasets: Sequence[Dataset], stages: Stages = ()) -> str:
+    """SHA-256 over each dataset's digest and its share of the weights, and over the later stages' steps and shares."""
+    content: list[Any] = [
+        [d.manifest.digest, share] for d, share in zip(datasets, _shares([d.weight for d in datasets]), strict=True)
+    ]
+    content += [[first_step, _shares(weights)] for first_step, weights in stages[1:]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -75,18 +83,62 @@ def row_source(folder: str, split: Split) -> grain.MapDataset[bytes]:
     return grain.MapDataset.source(grain.sources.ArrayRecordDataSource(paths))
 
 
-def mixed_rows(datasets: Sequence[Dataset], seed: int) -> grain.MapDataset[bytes]:
-    """Endless training rows: element n is a function of the datasets, their weights, `seed` and n."""
-    return mixed([row_source(d.folder, d.manifest.train) for d in datasets], [d.weight for d in datasets], seed)
+def mixed_rows(datasets: Sequence[Dataset], seed: int, stages: Stages = (), rows_per_step: int = 1) -> Any:
+    """Endless training rows: element n is a function of the datasets, their weights, `seed`, the stages and n.
 
-
-def mixed(sources: Sequence[grain.MapDataset], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """Each source shuffled anew every epoch, endless, and mixed by weight: which element comes when does not depend on
-    what the elements are."""
+    Up to the second stage the rows are those of a run without stages.
+    """
     import grain
 
-    endless = [source.shuffle(seed=_shuffle_seed(seed, i)).repeat() for i, source in enumerate(sources)]
-    return endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, list(weights))
+    endless = [
+        row_source(d.folder, d.manifest.train).shuffle(seed=_shuffle_seed(seed, i)).repeat()
+        for i, d in enumerate(datasets)
+    ]
+    if len(stages) > 1:
+        return _StagedRows(endless, stages, rows_per_step)
+    return endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, [d.weight for d in datasets])
+
+
+class _StagedRows:
+    """Rows of several endless datasets whose weights change at given steps, by random access."""
+
+    def __init__(self, datasets: Sequence[Any], stages: Stages, rows_per_step: int):
+        self._datasets = datasets
+        self._starts = [first_step * rows_per_step for first_step, _ in stages]
+        self._parts = [_parts(weights) for _, weights in stages]
+        self._given = [[0] * len(datasets)]  # rows that each dataset gave before each stage
+        for start, end, parts in zip(self._starts, self._starts[1:], self._parts, strict=False):
+            counts = _counts(end - start, parts)
+            self._given.append([before + count for before, count in zip(self._given[-1], counts, strict=True)])
+
+    def __getitem__(self, n: int) -> bytes:
+        stage = bisect.bisect_right(self._starts, n) - 1
+        within, parts = n - self._starts[stage], self._parts[stage]
+        before = _counts(within, parts)
+        # The dataset that gives row n is the one whose count goes up.
+        chosen = next(i for i, count in enumerate(_counts(within + 1, parts)) if count != before[i])
+        return self._datasets[chosen][self._given[stage][chosen] + before[chosen]]
+
+
+def _parts(weights: Weights) -> list[int]:
+    """Whole-number proportions, as Grain makes them of weights; 0 stays 0."""
+    scale = 100 / min(weight for weight in weights if weight)
+    return [int(weight * scale) for weight in weights]
+
+
+def _counts(n: int, parts: Sequence[int]) -> list[int]:
+    """How many of the first n rows each dataset gives. Grain's rule of interleaving, in closed form: each dataset takes
+    its share, rounded up, of what those before it leave."""
+    counts, rest, remaining = [], n, sum(parts)
+    for part in parts:
+        left = rest * (remaining - part) // remaining if remaining else 0
+        counts.append(rest - left)
+        rest, remaining = left, remaining - part
+    return counts
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    return [round(weight / sum(weights), 9) for weight in weights]
 
 
 def _shuffle_seed(seed: int, index: int) -> int:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from maxlm.schema import ConfigError
+
+PREEMPTED_UNSAVED = 75  # EX_TEMPFAIL: the deadline passed with work unsaved; the same command makes it again
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -25,38 +30,48 @@ class StopRequest:
     """`with StopRequest() as stop:` turns the first SIGTERM or SIGINT into `stop.should_stop(step)`.
 
     A second signal ends the process at once with status 128 + signal (143, 130), even inside a long compile;
-    what is saved is not harmed, because a checkpoint becomes visible only when complete.
+    what is saved is not harmed, because a checkpoint becomes visible only when complete. So does the deadline,
+    `deadline_seconds` after the first signal, if the caller has not left by then (a step, an evaluation or a compile
+    that takes longer, a disk that is too slow): with the status that `too_late`, called in another thread, returns. It
+    may be set when there is something to lose.
 
-    With several processes (jax.distributed initialised) JAX's preemption service agrees on the step: a SIGTERM to
-    any process makes `should_stop` true on all of them at one common later step, so every process must call it at
-    every step. There SIGTERM stays with JAX until that step, and SIGINT is passed on to it as SIGTERM.
+    With several processes (jax.distributed initialised) JAX's preemption service agrees on when: a signal to any
+    process makes `should_stop` true on all of them at one common later call, so all must make the same calls in the
+    same order; which step each call is for does not matter to it.
 
     announce: called from another thread with the first signal's name. Enter and leave on the main thread.
     """
 
-    def __init__(self, announce: Callable[[str], None] = _announce) -> None:
-        self._announce = announce
-        self._distributed = False
+    def __init__(self, announce: Callable[[str], None] = _announce, *, deadline_seconds: float = math.inf) -> None:
+        self._announce, self._deadline_seconds = announce, deadline_seconds
+        self.too_late: Callable[[], int] = lambda: PREEMPTED_UNSAVED
+        self._notify_jax: Callable[[int], None] | None = None  # with several processes
+        self._calls = 0
+        self._agreed = False
         self._stop = threading.Event()
+        self._signalled_at = math.nan
+        self._deadline: threading.Timer | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._previous_fd = -1
         self._listener: threading.Thread | None = None
-        self.signal_name: str | None = None  # the first signal's name, once there was one
+        self.signal_name: str | None = None  # the first signal's name, once this process had one
 
     def __enter__(self) -> StopRequest:
-        self._distributed = _several_processes()
+        self._notify_jax = _jax_handler() if _several_processes() else None
         read, write = os.pipe()
         os.set_blocking(write, False)
         self._pipe = (read, write)
         self._previous_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True)
         self._listener.start()
-        for number in (signal.SIGINT,) if self._distributed else _SIGNALS:
-            self._take_over(number)
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, _only_wake)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
         for number, handler in self._previous.items():
             # None: a handler installed from C (JAX's), which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -70,25 +85,27 @@ class StopRequest:
             self._pipe = self._listener = None
 
     def should_stop(self, step: int) -> bool:
-        """Whether to save and leave after `step`. One process: reads a flag. Several: all get True at the same step."""
-        if not self._distributed:
+        """Whether to save and leave after `step`. One process: reads a flag. Several: all get True at the same call."""
+        if self._notify_jax is None:
             return self._stop.is_set()
+        if self._agreed:
+            return True
         from jax.experimental import multihost_utils
 
+        self._calls += 1
         try:
-            reached = multihost_utils.reached_preemption_sync_point(step)
+            self._agreed = multihost_utils.reached_preemption_sync_point(self._calls)
         except RuntimeError as error:
             raise ConfigError(
                 "JAX's preemption service is off, so a stop cannot be agreed on: unset jax_enable_preemption_service"
             ) from error
-        if reached and signal.SIGTERM not in self._previous:
-            self._stop.set()  # agreed: from here on one more SIGTERM ends this process at once
-            self.signal_name = self.signal_name or signal.SIGTERM.name
-            self._take_over(signal.SIGTERM)
-        return reached
+        if self._agreed:
+            self._stop.set()  # from here on one signal, also the first to this process, ends it at once
+        return self._agreed
 
-    def _take_over(self, number: signal.Signals) -> None:
-        self._previous[number] = signal.signal(number, _only_wake)
+    def seconds_since_signal(self) -> float | None:
+        """Time since the first signal to this process; None where another process of the run had it."""
+        return None if math.isnan(self._signalled_at) else time.monotonic() - self._signalled_at
 
     def _listen(self, read: int) -> None:
         """Reads each signal's number as it arrives: a Python handler would wait for a running compile to return."""
@@ -98,15 +115,40 @@ class StopRequest:
                 continue
             if self._stop.is_set():
                 os._exit(128 + number)
-            self.signal_name = signal.Signals(number).name
+            self.signal_name, self._signalled_at = signal.Signals(number).name, time.monotonic()
             self._stop.set()
             self._announce(self.signal_name)
-            if self._distributed:
-                os.kill(os.getpid(), signal.SIGTERM)  # JAX's own handler tells the other processes
+            if self._notify_jax is not None:
+                self._notify_jax(signal.SIGTERM)
+            if math.isfinite(self._deadline_seconds):
+                self._deadline = threading.Timer(self._deadline_seconds, self._leave)
+                self._deadline.daemon = True
+                self._deadline.start()
+
+    def _leave(self) -> None:
+        code = PREEMPTED_UNSAVED
+        try:
+            code = self.too_late()
+        finally:
+            os._exit(code)
 
 
 def _only_wake(number: int, frame: FrameType | None) -> None:
     """The listener thread has been woken through the wake-up descriptor; nothing is left to do here."""
+
+
+def _jax_handler() -> Callable[[int], None]:
+    """JAX's own SIGTERM handler, by which its preemption service tells the other processes. It is installed from C and
+    only sets a flag; called like this it works while the signal itself is ours, which Python would not hear of."""
+    action = ctypes.create_string_buffer(1024)  # a struct sigaction: the handler's address comes first
+    if ctypes.CDLL(None).sigaction(int(signal.SIGTERM), None, action) != 0:
+        raise OSError("sigaction failed")
+    address = ctypes.c_void_p.from_buffer(action).value
+    if address in (None, 1) or callable(signal.getsignal(signal.SIGTERM)):  # default, ignored, or Python's own
+        raise ConfigError(
+            "JAX's preemption service is off, so a stop cannot be agreed on: unset jax_enable_preemption_service"
+        )
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(address)
 
 
 def _several_processes() -> bool:

@@ -21,13 +21,14 @@ import jax
 from jax.sharding import Mesh
 
 from maxlm import __version__
-from maxlm.checkpoint import Checkpointer
+from maxlm.checkpoint import Checkpointer, latest_step
 from maxlm.config import RunConfig, training_difference
 from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData, TrainingData
 from maxlm.parallel.distributed import check_identical, together
 from maxlm.parallel.mesh import check_divisible, make_mesh
 from maxlm.resilience import Goodput, RunLock, Spike, StopRequest
+from maxlm.resilience.preemption import PREEMPTED_UNSAVED
 from maxlm.schema import ConfigError, from_dict, to_dict
 from maxlm.training.anomalies import StepAnomalies
 from maxlm.training.corruption import CorruptionCheck
@@ -81,7 +82,7 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
         with together("opening the data"):
             folders = datasets_of(config.data, config.train.seq_len, run_dir / DATA)
             sizes = {"seq_len": config.train.seq_len, "global_batch_size": config.train.global_batch_size}
-            data = TrainingData(folders, **sizes, seed=config.train.seed)
+            data = TrainingData(folders, **sizes, seed=config.train.seed, stages=config.data.weights_by_step())
             heldout = HeldoutData(folders, **sizes)
             _check_vocabulary(config, data)
         check_identical({"the config": json.dumps(to_dict(config)), "the prepared data": data.digest,
@@ -89,7 +90,8 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
         spike = config.resilience.spike
         keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every,
                 "keep_behind": spike.skip_batches if spike.action == "rollback" else 0}
-        with StopRequest() as stop, Checkpointer(run_dir / CHECKPOINTS, **keep) as checkpointer:
+        with StopRequest(deadline_seconds=config.resilience.stop_seconds) as stop, \
+                Checkpointer(run_dir / CHECKPOINTS, **keep) as checkpointer:
             run = _Run(config, run_dir, mesh, data, heldout, checkpointer, say, goodput or Goodput(run_dir))
             return run.until_done(stop, strict)
 
@@ -127,7 +129,6 @@ class _Run:
         self.throughput = Throughput(config, mesh)
         self.anomalies = StepAnomalies(config, run_dir, checkpointer.latest_step,
                                        lambda text: self.progress.line(text))
-        self.rewound = 0  # steps that rollbacks of this start went back, all together
 
     def until_done(self, stop: StopRequest, strict: bool) -> Outcome:
         config, last = self.config, self.config.train.num_steps
@@ -138,11 +139,12 @@ class _Run:
             self.say(f"{self.run_dir.name}: already trained to step {start}; raise train.num_steps to go on")
             return Outcome(start, tokens, False, None, state)
         self._record_config()
-        self.tokens = tokens
+        self.tokens, self.reached = tokens, start
         self.anomalies.begin(meta)
         self.evaluate = make_evaluator(config, self.mesh)
         self.writer = MetricsWriter(self.run_dir, start, config.logging.tensorboard) if self.leader else None
         self.ledger = StepLedger(config, self.run_dir, self.mesh, self.data.digest)
+        stop.too_late = self._too_late
         try:
             self.goodput.begin(self.ledger.highest_step, writes=self.leader)
             self.ledger.begin(start, state, meta.get("ledger"))
@@ -150,7 +152,7 @@ class _Run:
             with Progress(last, start, shown=self.leader) as self.progress:
                 evaluation = self._evaluate(start, state, stop) if owed or start == last else None
                 if step_function is None:  # killed or stopped between the last save and the end
-                    return self._end(state, start, evaluation is None, evaluation)
+                    return self._end(state, start, evaluation, stop if evaluation is None else None)
                 with self.goodput.stepping():
                     while isinstance(end := self._steps(step_function, state, start, stop), Spike):
                         del state  # on the device there is room for one
@@ -225,8 +227,8 @@ class _Run:
                 if pending is not None and (spike := self._finished(index, pending)):
                     return spike
                 pending, step = metrics, index + 1
-                # JAX agrees on a stop by numbers that only grow, which steps do not.
-                stopping = stop.should_stop(step + self.rewound) or self.anomalies.halted
+                self.reached = step
+                stopping = stop.should_stop(step) or self.anomalies.halted
                 saving = stopping or step == last or step % config.checkpoint.every_steps == 0
                 evaluating = step == last or (config.eval.every_steps and step % config.eval.every_steps == 0)
                 self.ledger.dispatched(step, self.anomalies.data_index(index), state, saving=saving)
@@ -252,16 +254,30 @@ class _Run:
             batches.close()
             self._profile(None, pending)
         self.anomalies.check()
-        return self._end(state, step, stopping, evaluation)
+        return self._end(state, step, evaluation, stop if stopping else None)
 
-    def _end(self, state: TrainState, step: int, preempted: bool, evaluation: Evaluation | None) -> Outcome:
+    def _end(self, state: TrainState, step: int, evaluation: Evaluation | None, stop: StopRequest | None) -> Outcome:
+        """stop: what ended the run before its last step; None where nothing did."""
+        preempted = stop is not None
         with self.goodput.phase("save"):
             self.checkpointer.wait()
         if preempted:
-            self.say(f"stopped at step {step} as asked; the same command goes on from there")
+            waited = stop.seconds_since_signal()
+            when = "" if waited is None else f", {waited:.1f} s after {stop.signal_name}"
+            self.say(f"stopped at step {step} as asked{when}; the same command goes on from there")
             if self.writer:
                 self.writer.write({"step": step, "tokens": self.tokens, "preempted": True})
         return Outcome(step, self.tokens, preempted, evaluation, state)
+
+    def _too_late(self) -> int:
+        """Called where `resilience.stop_seconds` are over. The exit code: 0 where every step made is saved."""
+        saved = latest_step(self.run_dir / CHECKPOINTS) or 0
+        unsaved = self.reached - saved
+        _print(f"maxlm: {self.config.resilience.stop_seconds:g} s (resilience.stop_seconds) after the signal: leaving "
+               + (f"with step {saved} saved and {unsaved} not" if unsaved else "with everything saved"))
+        if self.writer and not unsaved:
+            self.writer.write({"step": saved, "tokens": self.tokens, "preempted": True})
+        return PREEMPTED_UNSAVED if unsaved else 0
 
     def _finished(self, step: int, metrics: StepMetrics) -> Spike | None:
         """Step `step` is done or about to be: takes in its metrics, and logs when it is time to. A spike is returned
@@ -302,7 +318,6 @@ class _Run:
         self.anomalies.rolled_back(spike, step, meta)
         self.ledger.rollback(step, batches)
         self.tokens = meta.get("data", {}).get("tokens", 0)
-        self.rewound += spike.step - step
         if self.writer:
             self.writer.close()
             self.writer = MetricsWriter(self.run_dir, step, self.config.logging.tensorboard)
@@ -310,9 +325,8 @@ class _Run:
 
     def _evaluate(self, step: int, state: TrainState, stop: StopRequest) -> Evaluation | None:
         """The held-out result, logged; None where the run was asked to stop meanwhile."""
-        alone = jax.process_count() == 1  # several processes agree on a stop between steps only
         with self.goodput.phase("evaluation"):
-            result = self.evaluate(state.params, self.heldout, self.rows, lambda: alone and stop.should_stop(step))
+            result = self.evaluate(state.params, self.heldout, self.rows, lambda: stop.should_stop(step))
         if result is None:
             return None
         if not result.tokens:

@@ -88,7 +88,7 @@ class _Replay:
         folders = datasets_of(self.config.data, train.seq_len, self.run_dir / DATA)
         sizes = {"seq_len": train.seq_len, "global_batch_size": train.global_batch_size}
         try:
-            self.data = TrainingData(folders, **sizes, seed=train.seed)
+            self.data = TrainingData(folders, **sizes, seed=train.seed, stages=self.config.data.weights_by_step())
         except ConfigError as error:
             for folder in folders:
                 load_manifest(folder.path)  # raises for a folder that is not prepared data: the user's mistake

@@ -89,3 +89,24 @@ def test_second_signal_exits_at_once_inside_a_long_call(number):
     assert child.wait(timeout=20) == 128 + number
     assert time.monotonic() - begin < 2
     child.communicate()
+
+
+@pytest.mark.parametrize("code, deadline", [(0, 0.3), (75, 0.3)])
+def test_the_deadline_ends_a_long_call(code, deadline):
+    """What cannot be interrupted, such as a compile, ends with the code that the caller decides on."""
+    program = BUSY.replace("StopRequest()", f"StopRequest(deadline_seconds={deadline})")
+    if code == 0:  # 75 is what it is where nothing was set
+        program = program.replace("    print", "    stop.too_late = lambda: 0\n    print")
+    child = start(program)
+    begin = time.monotonic()
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=20) == code
+    assert deadline <= time.monotonic() - begin < deadline + 2
+    child.communicate()
+
+
+def test_one_who_leaves_in_time_is_not_ended():
+    child = start(LOOP.replace("StopRequest()", "StopRequest(deadline_seconds=0.5)") + "time.sleep(1)\nsys.exit(9)")
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=20) == 9
+    child.communicate()
