@@ -119,7 +119,8 @@ def _hint_of(key: str) -> Any:
         if typing.get_origin(cls) is tuple:
             raise ConfigError(f"{'.'.join(walked)} is a list: give the whole of it as JSON, not {key!r}")
         hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
-        require(name in hints, unknown_key(key, list(flatten(RunConfig()))))
+        if name not in hints:
+            raise ConfigError(unknown_key(key, list(flatten(RunConfig()))))
         cls = hints[name]
         walked.append(name)
     if dataclasses.is_dataclass(cls):

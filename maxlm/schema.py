@@ -59,7 +59,8 @@ def from_dict(cls: type, values: Any, where: str = "") -> Any:
     hints = typing.get_type_hints(cls)
     built = {}
     for key, value in values.items():
-        require(key in hints, unknown_key(f"{where}{key}", [f"{where}{name}" for name in hints]))
+        if key not in hints:
+            raise ConfigError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in hints]))
         built[key] = _from_plain(hints[key], value, f"{where}{key}")
     return cls(**built)
 
