@@ -88,15 +88,19 @@ def mixed_rows(datasets: Sequence[Dataset], seed: int, stages: Stages = (), rows
 
     Up to the second stage the rows are those of a run without stages.
     """
+    sources = [row_source(d.folder, d.manifest.train) for d in datasets]
+    return mixed(sources, [d.weight for d in datasets], seed, stages, rows_per_step)
+
+
+def mixed(sources: Sequence[Any], weights: Sequence[float], seed: int, stages: Stages, rows_per_step: int) -> Any:
+    """Each source shuffled anew every epoch, endless, and mixed by weight: which element comes when does not depend on
+    what the elements are."""
     import grain
 
-    endless = [
-        row_source(d.folder, d.manifest.train).shuffle(seed=_shuffle_seed(seed, i)).repeat()
-        for i, d in enumerate(datasets)
-    ]
+    endless = [source.shuffle(seed=_shuffle_seed(seed, i)).repeat() for i, source in enumerate(sources)]
     if len(stages) > 1:
         return _StagedRows(endless, stages, rows_per_step)
-    return endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, [d.weight for d in datasets])
+    return endless[0] if len(endless) == 1 else grain.MapDataset.mix(endless, list(weights))
 
 
 class _StagedRows:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maxlm.data.manifest import Shard, file_sha256
-from maxlm.data.mixture import Dataset, mixed
+from maxlm.data.mixture import Dataset, Stages, mixed
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,20 @@ class Place:
 
 
 class RowPlaces:
-    """The places of training rows, without reading them: the rows are shuffled and mixed as numbers."""
+    """The places of the rows of loader.TrainingData, without reading them: they are shuffled and mixed as numbers."""
 
-    def __init__(self, datasets: Sequence[Dataset], seed: int):
+    def __init__(self, datasets: Sequence[Dataset], *, global_batch_size: int, seed: int, stages: Stages = ()):
         import grain
 
-        self._datasets = datasets
+        self._datasets, self._size = datasets, global_batch_size
         numbers = [
             grain.MapDataset.range(d.manifest.train.rows).map(lambda row, i=i: (i, row)) for i, d in enumerate(datasets)
         ]
-        self._numbers = mixed(numbers, [d.weight for d in datasets], seed)
+        self._numbers = mixed(numbers, [d.weight for d in datasets], seed, stages, global_batch_size)
 
-    def of_batch(self, index: int, global_batch_size: int) -> list[Place]:
+    def of_batch(self, index: int) -> list[Place]:
         """The place of each row of global batch `index`, in order."""
-        return [self._place(*self._numbers[index * global_batch_size + row]) for row in range(global_batch_size)]
+        return [self._place(*self._numbers[index * self._size + row]) for row in range(self._size)]
 
     def _place(self, dataset: int, row: int) -> Place:
         folder, split = self._datasets[dataset].folder, self._datasets[dataset].manifest.train

@@ -148,8 +148,9 @@ class _Replay:
         return self._altered(step) if hash_shards else None
 
     def _altered(self, step: int) -> Difference | None:
-        size = self.config.train.global_batch_size
-        places = RowPlaces(self.data.datasets, self.config.train.seed).of_batch(self.lines[step]["index"], size)
+        train = self.config.train
+        places = RowPlaces(self.data.datasets, global_batch_size=train.global_batch_size, seed=train.seed,
+                           stages=self.config.data.weights_by_step()).of_batch(self.lines[step]["index"])
         altered = altered_shards(places)
         if not altered:
             return None
