@@ -30,6 +30,7 @@ def status(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"--run-dir {run_dir}: no run has started there; give the folder that `maxlm train` wrote")
     rows, ledger, goodput = _rows(run_dir / "metrics.jsonl"), read_ledger(run_dir), read_goodput(run_dir)
     kinds = [record["kind"] for record in ledger.records]
+    rollbacks = {tuple(r["skipped"]) for r in ledger.records if r["kind"] == "rollback"}  # a restart may repeat one
     steps = [record for record in ledger.records if record["kind"] == "step"]
     trained = [row for row in rows if row.get("loss") is not None]
     checkpoints = complete_steps(run_dir / "checkpoints")
@@ -42,7 +43,9 @@ def status(run_dir: Path) -> dict[str, Any]:
         "loss": trained[-1]["loss"] if trained else None,
         "checkpoint": checkpoints[-1] if checkpoints else None,
         "starts": kinds.count("start"),
-        "rollbacks": kinds.count("rollback"),
+        "skipped_updates": trained[-1].get("skipped_updates", 0) if trained else 0,
+        "spikes": trained[-1].get("spikes", 0) if trained else 0,
+        "rollbacks": len(rollbacks),
         "nondeterminism": [r["step"] for r in ledger.records if r["kind"] == "nondeterminism"],
         "ledger_lines": len(ledger.records) + len(ledger.damaged),
         "ledger_lines_altered": ledger.damaged,
@@ -61,7 +64,8 @@ def table(found: dict[str, Any]) -> str:
         f"{'loss':14}{loss}",
         f"{'checkpoint':14}{'none' if found['checkpoint'] is None else found['checkpoint']}",
         f"{'starts':14}{found['starts']}",
-        f"{'rollbacks':14}{found['rollbacks']}",
+        f"{'anomalies':14}{found['skipped_updates']} updates skipped, {found['spikes']} spikes of the loss, "
+        f"{found['rollbacks']} rollbacks",
         f"{'ledger':14}{found['ledger_lines']:,} lines, " + _list("altered at line", found["ledger_lines_altered"],
                                                                  "intact"),
     ]

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from maxlm.cli import main
-from maxlm.resilience import read_goodput
+from maxlm.resilience import Ledger, read_goodput
 from tests.training.runs import ONE_DEVICE, arguments, command, prepared, rows_of, start, write_config
 
 SETTINGS = ("train.num_steps=3000", "checkpoint.every_steps=40", "eval.every_steps=0", "eval.num_batches=1",
@@ -79,6 +79,21 @@ def test_a_finished_run_is_done(config, tmp_path, capsys):
     assert found["state"] == "done" and found["step"] == found["checkpoint"] == found["num_steps"] == 6
     assert found["loss"] == [row for row in rows_of(tmp_path) if "loss" in row][-1]["loss"]
     assert found["goodput"]["seconds"]["evaluation"] > 0
+
+
+def test_anomalies_are_counted(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"num_steps": 9}}))
+    row = {"step": 7, "tokens": 70, "loss": 2.5, "skipped_updates": 3, "spikes": 2}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"step": 8, "tok')  # cut short by a kill
+    ledger = Ledger(tmp_path)
+    ledger.start(0, "a", {})
+    for _ in range(2):  # made again after a restart, it is still one
+        ledger.rollback(4, [5, 6])
+    ledger.close()
+    found = status(tmp_path, capsys)
+    assert (found["skipped_updates"], found["spikes"], found["rollbacks"], found["loss"]) == (3, 2, 1, 2.5)
+    assert main(["status", "--run-dir", str(tmp_path)]) == 0
+    assert "3 updates skipped, 2 spikes of the loss, 1 rollbacks" in capsys.readouterr().out
 
 
 def test_a_watchdog_s_mark_says_hung(tmp_path, capsys):
