@@ -52,7 +52,7 @@ def started_of(pid: int) -> float | None:
 class Goodput:
     """The clock of one start of a run. `startup` runs from `started` (seconds since 1970; None: now) on.
 
-    Until `begin` it only counts. Use it from one thread.
+    Until `begin` it only counts. Use it from one thread, but for `activity`.
     """
 
     def __init__(self, run_dir: Path, *, started: float | None = None):
@@ -64,6 +64,7 @@ class Goodput:
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self._before: dict[str, Any] | None = None
         self._highest = 0
+        self._alive = time.monotonic()
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -85,13 +86,13 @@ class Goodput:
         """Time inside counts as `category`, except for phases inside it."""
         assert category in CATEGORIES
         with self._lock:
-            self._count()
+            self._alive = self._count()
             self._phases.append(category)
         try:
             yield
         finally:
             with self._lock:
-                self._count()
+                self._alive = self._count()
                 self._phases.pop()
 
     @contextlib.contextmanager
@@ -118,10 +119,21 @@ class Goodput:
     def step_done(self, step: int) -> None:
         """`step` is finished: what was `unfinished` in this process was spent on it."""
         with self._lock:
-            self._count()
+            self._alive = self._count()
             self._seconds["redone" if step <= self._highest else "productive"] += self._seconds["unfinished"]
             self._seconds["unfinished"] = 0.0
             self._highest = max(self._highest, step)
+
+    def sign_of_life(self) -> None:
+        """A long phase moves on."""
+        with self._lock:
+            self._alive = time.monotonic()
+
+    def activity(self) -> tuple[str, float]:
+        """The category that is running, and when (time.monotonic) the run last gave a sign of life: a phase that began
+        or ended, a step that was done. May be called from any thread."""
+        with self._lock:
+            return self._phases[-1], self._alive
 
     def end(self) -> None:
         """Counts up to now and writes for the last time. May be called again later."""
@@ -158,10 +170,11 @@ class Goodput:
                         "ended": self._ended.is_set()},
         }
 
-    def _count(self) -> None:
+    def _count(self) -> float:
         now = time.monotonic()
         self._seconds[self._phases[-1]] += now - self._mark
         self._mark = now
+        return now
 
     def _keep_saving(self) -> None:
         while not self._ended.wait(SAVE_SECONDS):

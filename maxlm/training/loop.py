@@ -27,7 +27,7 @@ from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData, TrainingData
 from maxlm.parallel.distributed import check_identical, together
 from maxlm.parallel.mesh import check_divisible, make_mesh
-from maxlm.resilience import Goodput, RunLock, Spike, StopRequest
+from maxlm.resilience import Goodput, HostTimes, RunLock, Spike, StopRequest, Watchdog
 from maxlm.resilience.preemption import PREEMPTED_UNSAVED
 from maxlm.schema import ConfigError, from_dict, to_dict
 from maxlm.training.anomalies import StepAnomalies
@@ -90,9 +90,11 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
         spike = config.resilience.spike
         keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every,
                 "keep_behind": spike.skip_batches if spike.action == "rollback" else 0}
-        with StopRequest(deadline_seconds=config.resilience.stop_seconds) as stop, \
+        goodput = goodput or Goodput(run_dir)
+        watchdog = Watchdog(config.resilience.watchdog, run_dir, goodput, process=jax.process_index())
+        with StopRequest(deadline_seconds=config.resilience.stop_seconds) as stop, watchdog, \
                 Checkpointer(run_dir / CHECKPOINTS, **keep) as checkpointer:
-            run = _Run(config, run_dir, mesh, data, heldout, checkpointer, say, goodput or Goodput(run_dir))
+            run = _Run(config, run_dir, mesh, data, heldout, checkpointer, say, goodput, watchdog)
             return run.until_done(stop, strict)
 
 
@@ -121,11 +123,11 @@ class _Run:
     """One start of a run: what its phases share."""
 
     def __init__(self, config: RunConfig, run_dir: Path, mesh: Mesh, data: TrainingData, heldout: HeldoutData,
-                 checkpointer: Checkpointer, say: Callable[[str], None], goodput: Goodput):
+                 checkpointer: Checkpointer, say: Callable[[str], None], goodput: Goodput, watchdog: Watchdog):
         self.config, self.run_dir, self.mesh, self.say = config, run_dir, mesh, say
         self.data, self.heldout, self.checkpointer, self.goodput = data, heldout, checkpointer, goodput
         self.rows = local_rows(mesh, config.train.global_batch_size)
-        self.leader = jax.process_index() == 0
+        self.watchdog, self.leader = watchdog, jax.process_index() == 0
         self.throughput = Throughput(config, mesh)
         self.anomalies = StepAnomalies(config, run_dir, checkpointer.latest_step,
                                        lambda text: self.progress.line(text))
@@ -145,6 +147,8 @@ class _Run:
         self.writer = MetricsWriter(self.run_dir, start, config.logging.tensorboard) if self.leader else None
         self.ledger = StepLedger(config, self.run_dir, self.mesh, self.data.digest)
         stop.too_late = self._too_late
+        self.hosts = HostTimes(config.resilience.watchdog, self.run_dir, process=jax.process_index(),
+                               processes=jax.process_count(), say=self.say)
         try:
             self.goodput.begin(self.ledger.highest_step, writes=self.leader)
             self.ledger.begin(start, state, meta.get("ledger"))
@@ -167,6 +171,7 @@ class _Run:
             step_function = compile_step(self.config, self.mesh)
             checked = self.config.resilience.corruption_check_every_steps
             self.corruption = CorruptionCheck(self.config, self.mesh) if checked else None
+        self.watchdog.watch_program(step_function.as_text, self.mesh.shape)
         self.say(f"step compiled in {time.perf_counter() - clock:.1f} s; training from step {start} on "
                  f"{self.mesh.size} {self.mesh.devices.flat[0].device_kind} device(s)")
         return step_function
@@ -177,6 +182,7 @@ class _Run:
             if sys.exc_info()[0] is not None:
                 errors.enter_context(contextlib.suppress(OSError))
             errors.callback(self.goodput.end)
+            errors.callback(self.hosts.close)
             errors.callback(self.ledger.close)
             if self.writer:
                 self.writer.close()
@@ -224,6 +230,7 @@ class _Run:
                 self._profile(index, pending)
                 batch = to_device(batch, self.mesh)
                 state, metrics = step_function(state, batch)
+                self.watchdog.dispatched(index + 1)
                 if pending is not None and (spike := self._finished(index, pending)):
                     return spike
                 pending, step = metrics, index + 1
@@ -282,7 +289,10 @@ class _Run:
     def _finished(self, step: int, metrics: StepMetrics) -> Spike | None:
         """Step `step` is done or about to be: takes in its metrics, and logs when it is time to. A spike is returned
         where the run must roll back from it."""
-        metrics = jax.device_get(metrics)
+        with self.hosts.device_wait():
+            metrics = jax.device_get(metrics)
+        self.hosts.finished(step)
+        self.watchdog.finished(step)
         self.ledger.finished(step, metrics)
         self.goodput.step_done(step)
         loss, grad_norm, update_norm, rate, tokens, skipped = (float(value) for value in metrics[:6])
@@ -325,8 +335,13 @@ class _Run:
 
     def _evaluate(self, step: int, state: TrainState, stop: StopRequest) -> Evaluation | None:
         """The held-out result, logged; None where the run was asked to stop meanwhile."""
+
+        def stopped() -> bool:
+            self.goodput.sign_of_life()
+            return stop.should_stop(step)
+
         with self.goodput.phase("evaluation"):
-            result = self.evaluate(state.params, self.heldout, self.rows, lambda: stop.should_stop(step))
+            result = self.evaluate(state.params, self.heldout, self.rows, stopped)
         if result is None:
             return None
         if not result.tokens:
