@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+
+from maxlm.checkpoint.layout import CheckpointError
 
 
 def gather(value: Any) -> list[Any]:
@@ -31,3 +34,22 @@ def of_first(value: Any) -> Any:
 def first_of(value: Any) -> Any:
     """The first process's `value` that is not None, or None."""
     return next((found for found in gather(value) if found is not None), None)
+
+
+def on_all(look: Callable[[], Any]) -> list[Any]:
+    """What `look` (which must hold no collective) returns on every process, by process index, on every process.
+
+    A CheckpointError of one is raised on all, so that none waits for another.
+    """
+    value, refusal = None, None
+    try:
+        value = look()
+    except CheckpointError as error:
+        if jax.process_count() == 1:
+            raise
+        refusal = str(error)
+    found = gather([value, refusal])
+    for _, text in found:
+        if text is not None:
+            raise CheckpointError(text)
+    return [value for value, _ in found]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import jax
 
 from maxlm.checkpoint import agreement, integrity, layout, leaves, orbax_io, verified
 from maxlm.checkpoint.layout import CheckpointError
+from maxlm.checkpoint.local_tier import LocalTier
 
 
 class Checkpointer:
     """Saves asynchronously, commits atomically, prunes by policy. Every process of a run makes one and calls it alike.
+
+    Two tiers: `save` writes to `directory`, where all processes meet; `save_local` to each host's own `local_path`.
 
     A save copies the state to the host, returns, and writes in the background. When it is complete, checkpoints
     that are neither among the newest `keep_last` nor multiples of `keep_every` (0: none), nor the newest one that lies
@@ -26,8 +30,10 @@ class Checkpointer:
     readers use `latest_step`, `read_meta`, `restore_state` and `tree_digest`.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep_last: int, keep_every: int = 0,
-                 keep_behind: int = 0) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], *, keep_last: int, keep_every: int = 0, keep_behind: int = 0,
+        local_path: str | os.PathLike[str] | None = None, local_keep_last: int = 2,
+    ) -> None:
         if keep_last < 1 or keep_every < 0 or keep_behind < 0:
             raise ValueError(f"{keep_last=} must be at least 1, {keep_every=} and {keep_behind=} at least 0")
         self.directory = Path(directory).absolute()
@@ -40,6 +46,9 @@ class Checkpointer:
         if self._primary:
             layout.prepare(self.directory)
         self._steps = agreement.of_first(layout.complete_steps(self.directory) if self._primary else None)
+        self._local: LocalTier | None = None
+        if local_path is not None:
+            self._local = _local_tier(self.directory, Path(local_path), local_keep_last)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None. Waits for a save in progress."""
@@ -56,8 +65,7 @@ class Checkpointer:
         self.wait()
         if step in self._steps:
             return False
-        arrays = leaves.plain_arrays(state)
-        document = {"format": layout.FORMAT, "arrays": leaves.index_of(arrays), "meta": json.loads(json.dumps(meta))}
+        arrays, document = _to_write(state, meta)
         path = layout.step_path(self.directory, step)
         self._saving = path
         try:
@@ -72,6 +80,12 @@ class Checkpointer:
         self._background.start()
         return True
 
+    def save_local(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Like `save`, into the local tier: every process writes its own shards on its own host, waits for no other and
+        for no durable save. Raises CheckpointError."""
+        assert self._local is not None, "made without local_path"
+        self._local.save(step, *_to_write(state, meta))
+
     def restore(self, step: int | None, like: Any) -> Any:
         """`restore_state` from this directory, after a save in progress."""
         self.wait()
@@ -83,9 +97,22 @@ class Checkpointer:
         """`verified.newest_good` of this directory: None where nothing was ever saved; damaged checkpoints are set
         aside on the way."""
         self.wait()
-        found = verified.newest_good(self.directory, target, strict=strict, say=say)
+        found = verified.newest_good(self.directory, target, strict=strict, say=say, local=self._local)
         self._steps = agreement.of_first(layout.complete_steps(self.directory) if self._primary else None)
+        if found is not None and self._local is not None:
+            self._local.discard_after(found.step)  # what not all hosts have would only be in the way
         return found
+
+    def discard_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps in both tiers: the run goes on from `step` in another way, as after a
+        rollback, so that those steps are to be saved again with other values. Every process must call it."""
+        self.wait()
+        for later in [number for number in self._steps if number > step]:
+            if self._primary:
+                layout.delete(layout.step_path(self.directory, later))
+            self._steps.remove(later)
+        if self._local is not None:
+            self._local.discard_after(step)
 
     def restore_meta(self, step: int | None = None) -> dict[str, Any]:
         """The `meta` that was saved with `step` (None: the newest complete one)."""
@@ -114,6 +141,8 @@ class Checkpointer:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+        if self._local is not None:
+            self._local.wait()
 
     def close(self) -> None:
         """Waits, then lets go of Orbax's threads; must be called before the interpreter exits."""
@@ -167,3 +196,19 @@ class Checkpointer:
         explained.__cause__ = error
         return explained
 
+
+
+def _to_write(state: Any, meta: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of `state` by name, and the document that is saved with them."""
+    arrays = leaves.plain_arrays(state)
+    index = leaves.index_of(arrays)
+    return arrays, {"format": layout.FORMAT, "arrays": index, "meta": json.loads(json.dumps(meta))}
+
+
+def _local_tier(directory: Path, local_path: Path, keep_last: int) -> LocalTier:
+    """The local tier of the run whose durable checkpoints are in `directory`."""
+    primary = jax.process_index() == 0
+    run, start = agreement.on_all(lambda: [layout.run_name(directory), uuid.uuid4().hex] if primary else None)[0]
+    made: list[LocalTier] = []
+    agreement.on_all(lambda: made.append(LocalTier(local_path, run, start, keep_last=keep_last)))
+    return made[0]

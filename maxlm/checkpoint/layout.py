@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ META_FILE = "meta.json"
 COMMIT_FILE = "commit_success.txt"
 IN_PROGRESS_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name for it
 DELETING_SUFFIX = ".deleting"
+RUN_FILE = "run_name"
 DAMAGED_SUFFIX = ".damaged"
 
 
@@ -58,14 +60,30 @@ def is_complete(path: Path) -> bool:
     return (path / COMMIT_FILE).is_file() and (path / META_ITEM / META_FILE).is_file() and (path / STATE_ITEM).is_dir()
 
 
+def step_folders(directory: str | os.PathLike[str], suffix: str = "") -> list[tuple[int, Path]]:
+    """(step, folder) of every entry of `directory` called STEP followed by `suffix`, ascending."""
+    try:
+        entries = list(Path(directory).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise explain(error, Path(directory), "reading") from error
+    found = []
+    for entry in entries:
+        name = entry.name.removesuffix(suffix)
+        if entry.name == name + suffix and name.isascii() and name.isdigit() and name == str(int(name)):
+            found.append((int(name), entry))
+    return sorted(found)
+
+
 def complete_steps(directory: str | os.PathLike[str]) -> list[int]:
     """Steps of the complete checkpoints in `directory`, ascending; empty where there is no such folder."""
-    return [step for step, path in _step_folders(directory) if is_complete(path)]
+    return [step for step, path in step_folders(directory) if is_complete(path)]
 
 
 def present_steps(directory: str | os.PathLike[str]) -> list[int]:
     """Steps of all step folders in `directory`, ascending, half-written ones included."""
-    return [step for step, _ in _step_folders(directory)]
+    return [step for step, _ in step_folders(directory)]
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
@@ -98,7 +116,7 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> list[CheckpointRow]:
     """
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory} is not a folder of checkpoints: give RUN_DIR/checkpoints")
-    folders = _step_folders(directory) + _step_folders(directory, IN_PROGRESS_SUFFIX)
+    folders = step_folders(directory) + step_folders(directory, IN_PROGRESS_SUFFIX)
     return [_row(step, path) for step, path in sorted(folders)]
 
 
@@ -139,6 +157,19 @@ def prepare(directory: Path) -> None:
                 shutil.rmtree(entry)
     except OSError as error:
         raise explain(error, directory, "preparing") from error
+
+
+def run_name(directory: Path) -> str:
+    """A random name that the checkpoints in `directory` keep, by which their local copies are known."""
+    path = directory / RUN_FILE
+    try:
+        if not path.exists():
+            partial = path.with_name(RUN_FILE + ".partial")
+            partial.write_text(uuid.uuid4().hex)
+            os.replace(partial, path)
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise explain(error, path, "writing") from error
 
 
 def set_aside(path: Path) -> Path:
@@ -225,21 +256,6 @@ def unreadable(path: Path, error: BaseException) -> IntegrityError:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
-
-
-def _step_folders(directory: str | os.PathLike[str], suffix: str = "") -> list[tuple[int, Path]]:
-    try:
-        entries = list(Path(directory).iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise explain(error, Path(directory), "reading") from error
-    found = []
-    for entry in entries:
-        name = entry.name.removesuffix(suffix)
-        if entry.name == name + suffix and name.isascii() and name.isdigit() and name == str(int(name)):
-            found.append((int(name), entry))
-    return sorted(found)
 
 
 def _row(step: int, path: Path) -> CheckpointRow:

@@ -62,7 +62,18 @@ def index_of(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {name: [np.dtype(leaf.dtype).name, list(leaf.shape)] for name, leaf in arrays.items()}
 
 
-def differences(saved: Mapping[str, list[Any]], wanted: Mapping[str, list[Any]]) -> list[str]:
+def require_same(saved: Mapping[str, list[Any]], wanted: Mapping[str, list[Any]], where: str) -> None:
+    """Raises CheckpointError, with the first differences, where what is saved at `where` is not what is wanted."""
+    found = _differences(saved, wanted)
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise CheckpointError(
+            f"{where} holds another state than this config builds: {'; '.join(found[:3])}{more}: "
+            "restore with the config it was saved with"
+        )
+
+
+def _differences(saved: Mapping[str, list[Any]], wanted: Mapping[str, list[Any]]) -> list[str]:
     """What would not restore, one phrase an array: missing, unexpected, or of another dtype or shape."""
     found = []
     for name in sorted(saved.keys() | wanted.keys()):

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 
 from maxlm.checkpoint import integrity, layout, leaves
-from maxlm.checkpoint.layout import CheckpointError
 
 
 def async_checkpointer(before_commit: Callable[[], None]) -> Any:
@@ -84,13 +83,7 @@ def restore_like(path: Path, like: Any) -> Any:
             raise ValueError(f"restore target {name!r} needs a concrete sharding, got {leaf}")
     sections = {name.split("/")[0] for name in wanted}
     saved = {n: e for n, e in layout.read_document(path)["arrays"].items() if n.split("/")[0] in sections}
-    found = leaves.differences(saved, leaves.index_of(wanted))
-    if found:
-        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-        raise CheckpointError(
-            f"{path} holds another state than this config builds: {'; '.join(found[:3])}{more}: "
-            "restore with the config it was saved with"
-        )
+    leaves.require_same(saved, leaves.index_of(wanted), str(path))
     ocp = _orbax()
     targets = {
         name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype)

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 
 from maxlm.checkpoint import agreement, integrity, layout, orbax_io
-from maxlm.checkpoint.layout import CheckpointError, IntegrityError
+from maxlm.checkpoint.layout import IntegrityError
+from maxlm.checkpoint.local_tier import LocalTier
+from maxlm.checkpoint.peers import LocalSteps
 
 _NO_ARRAYS = (0, 0)  # of integrity.damage: names, sizes and metadata only
 
@@ -76,37 +78,73 @@ def restore_verified(path: Path, like: Any) -> tuple[Any, str | None]:
 
 
 def newest_good(
-    directory: Path, target: Callable[[int, dict[str, Any]], Any], *, strict: bool, say: Callable[[str], None]
+    directory: Path, target: Callable[[int, dict[str, Any]], Any], *, strict: bool, say: Callable[[str], None],
+    local: LocalTier | None = None,
 ) -> Restored | None:
-    """The newest good checkpoint in `directory`; None where there has never been one.
+    """The newest good checkpoint in `directory` and the local tier; None where there has never been one.
 
     target: (step, its meta) -> what `restore_state` takes as `like`; it may refuse by raising. A damaged or
     half-written checkpoint is renamed STEP.damaged, which `say` reports in one line; with `strict`, and where no good
     one is left, IntegrityError is raised instead. Every process must call it, and all get the same step.
     """
-    primary = jax.process_index() == 0
-    for step in reversed(agreement.of_first(layout.present_steps(directory) if primary else None)):
-        path = layout.step_path(directory, step)
-        state, damage = None, _damage(path)
-        if damage is None:
-            meta = layout.read_document(path)["meta"]
-            state, damage = restore_verified(path, target(step, meta))
-        if damage is None:
-            return Restored(step, meta, state)
-        if strict:
-            raise IntegrityError(
-                f"{path} is damaged ({damage}): --strict refuses to go on without it; without --strict it is set "
-                "aside and the run resumes from the checkpoint before it"
-            )
-        name = agreement.of_first(layout.set_aside(path).name if primary else None)
-        say(f"checkpoint {step} is damaged ({damage}): set aside as {name}")
-    aside = agreement.of_first(layout.set_aside_before(directory) if primary else None)
+    copies = LocalSteps(local) if local is not None else None
+    if copies:
+        _report(copies.notes, strict, say)
+    durable = agreement.of_first(layout.present_steps(directory) if jax.process_index() == 0 else None)
+    restored = None
+    for step in sorted({*durable, *(copies.steps if copies else ())}, reverse=True):
+        if copies and step in copies.steps:
+            restored = copies.restore(step, target)
+            _report(copies.notes, strict, say)
+        if restored is None and step in durable:
+            restored = _durable(directory, step, target, strict, say)
+        if restored is not None:
+            return Restored(step, *restored)
+    _refuse_to_begin_again(directory, local)
+    return None
+
+
+def _durable(
+    directory: Path, step: int, target: Callable[[int, dict[str, Any]], Any], strict: bool, say: Callable[[str], None]
+) -> tuple[dict[str, Any], Any] | None:
+    """(meta, state) of `step`; None where it is damaged, and set aside now."""
+    path = layout.step_path(directory, step)
+    state, damage = None, _damage(path)
+    if damage is None:
+        meta = layout.read_document(path)["meta"]
+        state, damage = restore_verified(path, target(step, meta))
+    if damage is None:
+        return meta, state
+    if strict:
+        raise IntegrityError(
+            f"{path} is damaged ({damage}): --strict refuses to go on without it; without --strict it is set aside "
+            "and the run resumes from the checkpoint before it"
+        )
+    name = agreement.on_all(lambda: layout.set_aside(path).name if jax.process_index() == 0 else None)[0]
+    say(f"checkpoint {step} is damaged ({damage}): set aside as {name}")
+    return None
+
+
+def _report(notes: list[str], strict: bool, say: Callable[[str], None]) -> None:
+    """Says, once, what any process set aside of its local copies."""
+    texts = [text for found in agreement.gather(notes) for text in found]
+    notes.clear()
+    if texts and strict:
+        raise IntegrityError(f"{'; '.join(texts)}: --strict refuses to go on")
+    for text in texts:
+        say(text)
+
+
+def _refuse_to_begin_again(directory: Path, local: LocalTier | None) -> None:
+    """Raises IntegrityError where there were checkpoints and none of them is good any more."""
+    aside = layout.set_aside_before(directory) if jax.process_index() == 0 else []
+    aside += local.set_aside_before() if local is not None else []
+    aside = [name for names in agreement.gather(aside) for name in names]
     if aside:
         raise IntegrityError(
             f"no good checkpoint is left in {directory} ({', '.join(aside[-3:])} set aside as damaged): put back a "
             "good copy, or choose another --run-dir to train from the beginning"
         )
-    return None
 
 
 def _damage(path: Path) -> str | None:
@@ -114,17 +152,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _agreed(look: Callable[[], str | None]) -> str | None:
-    """The first process's finding; a CheckpointError of one is raised on all, so that none waits for another."""
-    damage, refusal = None, None
-    try:
-        damage = look()
-    except CheckpointError as error:
-        refusal = str(error)
-    found = agreement.gather([damage, refusal])
-    for _, text in found:
-        if text is not None:
-            raise CheckpointError(text)
-    return next((text for text, _ in found if text is not None), None)
+    return next((found for found in agreement.on_all(look) if found is not None), None)
 
 
 def _refused(path: Path, damage: str) -> IntegrityError:
