@@ -9,6 +9,8 @@ its checksums in STEP/manifest.json, and nothing is restored that differs from t
   orbax_io.py     the only module that talks to Orbax
   integrity.py    checksums of every file: written before a step is visible, compared before it is trusted
   verified.py     restore that checks what it reads; the newest good step, with damaged ones set aside
+  local_tier.py   each process's own shards on its own host, often
+  peers.py        restore from the local tiers of all hosts together
   agreement.py    what each process found, made known to all
   checkpointer.py the writer: asynchronous save, pruning, errors
   digest.py       SHA-256 of the parameters, independent of mesh
@@ -23,6 +25,7 @@ from maxlm.checkpoint.layout import (
     latest_step,
     list_checkpoints,
     read_meta,
+    redirect,
 )
 from maxlm.checkpoint.leaves import named_leaves
 from maxlm.checkpoint.verified import restore_state, verify
@@ -37,6 +40,7 @@ __all__ = [
     "list_checkpoints",
     "named_leaves",
     "read_meta",
+    "redirect",
     "restore_state",
     "tree_digest",
     "verify",

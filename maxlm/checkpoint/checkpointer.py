@@ -103,16 +103,21 @@ class Checkpointer:
             self._local.discard_after(found.step)  # what not all hosts have would only be in the way
         return found
 
-    def discard_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps in both tiers: the run goes on from `step` in another way, as after a
-        rollback, so that those steps are to be saved again with other values. Every process must call it."""
+    def rewind(self, step: int, *, expected: bool) -> None:
+        """Deletes every checkpoint after `step`, in both tiers, the newest first: the run is about to make those steps
+        again, and differently. Every process must call it. Raises CheckpointError, with nothing deleted, where none
+        would be left though one is `expected`."""
         self.wait()
-        for later in [number for number in self._steps if number > step]:
-            if self._primary:
-                layout.delete(layout.step_path(self.directory, later))
-            self._steps.remove(later)
+        doomed = [later for later in self._steps if later > step]
+        if expected and len(doomed) == len(self._steps):
+            raise CheckpointError(f"{self.directory} has no checkpoint up to step {step} to go back to: raise "
+                                  "checkpoint.keep_last, or lower resilience.spike.skip_batches")
         if self._local is not None:
             self._local.discard_after(step)
+        for later in reversed(doomed):
+            if self._primary:
+                layout.delete(layout.step_path(self.directory, later))
+        self._steps = [kept for kept in self._steps if kept <= step]
 
     def restore_meta(self, step: int | None = None) -> dict[str, Any]:
         """The `meta` that was saved with `step` (None: the newest complete one)."""

@@ -159,6 +159,28 @@ def prepare(directory: Path) -> None:
         raise explain(error, directory, "preparing") from error
 
 
+def redirect(folder: Path, target: Path) -> None:
+    """Makes `folder` a link to `target`, where the checkpoints are kept, so that whoever reads a run finds them there.
+
+    Raises CheckpointError where `folder` holds checkpoints of its own, or the link cannot be made.
+    """
+    target = target.absolute()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if folder.is_symlink():
+            if Path(os.readlink(folder)) == target:
+                return
+            folder.unlink()  # checkpoint.path was changed: the checkpoints have been moved
+        elif folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        if folder.exists():
+            raise CheckpointError(f"checkpoint.path={target}: {folder} has checkpoints of its own: move what is in it "
+                                  "to checkpoint.path, remove it, and run the same command again")
+        folder.symlink_to(target, target_is_directory=True)
+    except OSError as error:
+        raise explain(error, target, "preparing checkpoint.path") from error
+
+
 def run_name(directory: Path) -> str:
     """A random name that the checkpoints in `directory` keep, by which their local copies are known."""
     path = directory / RUN_FILE

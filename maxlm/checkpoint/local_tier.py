@@ -118,9 +118,9 @@ class LocalTier:
         return [name for folder in self._process_folders() for name in layout.set_aside_before(folder)]
 
     def discard_after(self, step: int) -> None:
-        """Removes copies of later steps: the run goes on from `step`, perhaps in another way."""
+        """Removes copies of later steps, the newest first: the run goes on from `step`, perhaps in another way."""
         self.wait()
-        for number, path in self._step_folders():
+        for number, path in sorted(self._step_folders(), reverse=True):
             if number > step:
                 _remove(path)
 

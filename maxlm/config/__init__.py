@@ -238,19 +238,42 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saves every `every_steps` and at the end. The newest `keep_last` stay, and every multiple of `keep_every`."""
+    """Saves every `every_steps` and at the end. The newest `keep_last` stay, and every multiple of `keep_every`.
+
+    path: the folder that keeps this run's checkpoints, on storage which every host sees; None: RUN_DIR/checkpoints.
+    local_path: a folder on each host's own fast storage (/dev/shm/maxlm, an NVMe disk), where every process saves its
+    part of the state every `local_every_steps`, and the newest `local_keep_last` stay beside the one being written.
+    """
 
     every_steps: int = 500
     keep_last: int = 2
     keep_every: int = 0  # 0 keeps none beyond keep_last
+    path: str | None = None
+    local_path: str | None = None
+    local_every_steps: int = 0
+    local_keep_last: int = 2
 
     def __post_init__(self) -> None:
         check_types(self, "checkpoint")
         positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
-        not_negative("checkpoint", keep_every=self.keep_every)
+        not_negative("checkpoint", keep_every=self.keep_every, local_every_steps=self.local_every_steps)
         require(
             self.keep_every % self.every_steps == 0,
             f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every_steps={self.every_steps}",
+        )
+        for name in ("path", "local_path"):
+            require(
+                "://" not in (getattr(self, name) or ""),
+                f"checkpoint.{name}={getattr(self, name)!r} is a URL, which is not built yet: mount the bucket "
+                "(gcsfuse, s3fs) and give its folder",
+            )
+        require(
+            (self.local_path is None) == (self.local_every_steps == 0),
+            "checkpoint.local_path and checkpoint.local_every_steps go together: give both, or neither",
+        )
+        require(
+            self.local_keep_last >= 2,
+            f"checkpoint.local_keep_last={self.local_keep_last} must be 2 or more: hosts may be one save apart",
         )
 
 

@@ -40,6 +40,7 @@ from maxlm.training.state import TrainState, abstract_state, attention_of, init_
 from maxlm.training.step import StepMetrics, compile_step
 from maxlm.training.step_ledger import StepLedger
 from maxlm.training.throughput import Throughput
+from maxlm.training.tiers import due_locally, open_checkpoints
 
 DONE_FILE = "DONE"
 
@@ -87,13 +88,10 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
             _check_vocabulary(config, data)
         check_identical({"the config": json.dumps(to_dict(config)), "the prepared data": data.digest,
                          "the maxlm version": __version__, "the jax version": jax.__version__})
-        spike = config.resilience.spike
-        keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every,
-                "keep_behind": spike.skip_batches if spike.action == "rollback" else 0}
         goodput = goodput or Goodput(run_dir)
         watchdog = Watchdog(config.resilience.watchdog, run_dir, goodput, process=jax.process_index())
         with StopRequest(deadline_seconds=config.resilience.stop_seconds) as stop, watchdog, \
-                Checkpointer(run_dir / CHECKPOINTS, **keep) as checkpointer:
+                open_checkpoints(config, run_dir) as checkpointer:
             run = _Run(config, run_dir, mesh, data, heldout, checkpointer, say, goodput, watchdog)
             return run.until_done(stop, strict)
 
@@ -237,12 +235,13 @@ class _Run:
                 self.reached = step
                 stopping = stop.should_stop(step) or self.anomalies.halted
                 saving = stopping or step == last or step % config.checkpoint.every_steps == 0
+                saving_locally = not saving and due_locally(config, step)
                 evaluating = step == last or (config.eval.every_steps and step % config.eval.every_steps == 0)
-                self.ledger.dispatched(step, self.anomalies.data_index(index), state, saving=saving)
+                self.ledger.dispatched(step, self.anomalies.data_index(index), state, saving=saving or saving_locally)
                 if self.corruption and step % config.resilience.corruption_check_every_steps == 0:
                     with self.goodput.phase("check"):
                         self.corruption.check(step, state, batch)
-                if saving or evaluating:
+                if saving or saving_locally or evaluating:
                     # What is saved has no unseen spike in it: all metrics up to it are read first.
                     if spike := self._finished(step, pending):
                         return spike
@@ -253,7 +252,9 @@ class _Run:
                     owed = bool(evaluating) and evaluation is None
                     stopping = stopping or owed  # asked to stop while it evaluated
                     if saving or stopping:
-                        self._save(step, state, evaluation_owed=owed)
+                        self._save(step, state, self.checkpointer.save, evaluation_owed=owed)
+                    elif saving_locally:
+                        self._save(step, state, self.checkpointer.save_local, evaluation_owed=owed)
                     self.mark += time.perf_counter() - paused
                 if stopping or step == last:
                     break
@@ -352,7 +353,7 @@ class _Run:
             self.progress.line(f"step {step}  held out: loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits a byte")
         return result
 
-    def _save(self, step: int, state: TrainState, *, evaluation_owed: bool) -> None:
+    def _save(self, step: int, state: TrainState, save: Callable[..., Any], *, evaluation_owed: bool) -> None:
         with self.goodput.phase("save"):
             meta = {
                 "step": step,
@@ -364,7 +365,7 @@ class _Run:
                 "ledger": self.ledger.meta(step, state),
                 "versions": {"maxlm": __version__, "jax": jax.__version__},
             }
-            self.checkpointer.save(step, state, meta)
+            save(step, state, meta)
 
     def _profile(self, index: int | None, pending: StepMetrics | None) -> None:
         """Starts or stops the trace before step `index`, once the step before it is done; None stops it at the end."""

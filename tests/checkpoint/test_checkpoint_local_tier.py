@@ -193,9 +193,11 @@ def test_retention_and_rollback(tmp_path):
             (checkpointer.save if step % 3 == 0 else checkpointer.save_local)(step, STATE, {})
         checkpointer.wait()
         assert sorted(copies(tmp_path / "local")) == [2, 4, 5]
-        checkpointer.discard_after(4)
+        checkpointer.rewind(4, expected=True)
         assert sorted(copies(tmp_path / "local")) == [2, 4] and checkpointer.latest_step() == 3
         assert checkpointer.save(6, STATE, {})  # again, with other values
+        with pytest.raises(CheckpointError, match="no checkpoint up to step 2 to go back to"):
+            checkpointer.rewind(2, expected=True)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["3", "6", "run_name"]
     with pytest.raises(ValueError, match="at least 2"):
         Checkpointer(tmp_path / "run", keep_last=1, local_path=tmp_path / "local", local_keep_last=1)
