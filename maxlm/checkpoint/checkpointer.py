@@ -124,20 +124,6 @@ class Checkpointer:
         self.wait()
         return layout.read_meta(self.directory, step)
 
-    def rewind(self, step: int, *, expected: bool) -> None:
-        """Deletes every checkpoint after `step`, the newest first: the run is about to make those steps again, and
-        differently. Every process must call it. Raises CheckpointError, with nothing deleted, where none would be left
-        though one is `expected`."""
-        self.wait()
-        doomed = [later for later in self._steps if later > step]
-        if expected and len(doomed) == len(self._steps):
-            raise CheckpointError(f"{self.directory} has no checkpoint up to step {step} to go back to: raise "
-                                  "checkpoint.keep_last, or lower resilience.spike.skip_batches")
-        for later in reversed(doomed):
-            if self._primary:
-                layout.delete(layout.step_path(self.directory, later))
-        self._steps = [kept for kept in self._steps if kept <= step]
-
     def wait(self) -> None:
         """Returns when nothing is being written. Raises CheckpointError where the last save failed."""
         if self._background is not None:
