@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import maxlm
 from tests.training.runs import arguments
 
+PROGRAM = pathlib.Path(__file__).with_name("keep_programs.py")
 PACKAGE = pathlib.Path(maxlm.__file__).parents[1]
 
 
@@ -49,12 +50,12 @@ def start(config: pathlib.Path, run: pathlib.Path, *overrides: str, processes: i
             words += ["--coordinator", f"localhost:{port}", "--num-processes", str(processes), "--process-id",
                       str(index)]
         words += each[index] if each else []
-        started.append(subprocess.Popen([sys.executable, "-m", "maxlm", *map(str, words)], stdout=subprocess.PIPE,
+        started.append(subprocess.Popen([sys.executable, PROGRAM, *map(str, words)], stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, text=True, env=with_devices(devices)))
     return started
 
 
-def finish(started: Sequence[subprocess.Popen[str]], timeout: float = 120) -> list[Ended]:
+def finish(started: Sequence[subprocess.Popen[str]], timeout: float = 400) -> list[Ended]:
     """How each of them ends; none outlives this call."""
     ends = []
     try:

@@ -11,8 +11,8 @@ from tests.multiprocess.launch import finish, start, train
 from tests.training.runs import prepared, rows_of, write_config
 
 pytestmark = pytest.mark.slow
-STEPS = 400
-SETTINGS = (f"train.num_steps={STEPS}", "logging.sample_prompt=", "eval.every_steps=0", "eval.num_batches=1",
+STEPS = 4000  # never reached: JAX looks for a signal once a second
+SETTINGS = ("schedule.name=constant", "logging.sample_prompt=", "eval.every_steps=0", "eval.num_batches=1",
             "checkpoint.every_steps=20")
 
 
@@ -30,8 +30,8 @@ def steps_logged(run):
 
 def life(config, run, processes, told, signals, after_step):
     """Starts all, signals those in `told` once `after_step` is logged, 0.05 s apart; how each ended."""
-    started = start(config, run, *SETTINGS, processes=processes, devices=4 // processes)
-    deadline = time.monotonic() + 100
+    started = start(config, run, *SETTINGS, f"train.num_steps={STEPS}", processes=processes, devices=4 // processes)
+    deadline = time.monotonic() + 300
     while steps_logged(run) < after_step and time.monotonic() < deadline and all(p.poll() is None for p in started):
         time.sleep(0.01)
     for number in signals:
@@ -44,23 +44,25 @@ def life(config, run, processes, told, signals, after_step):
 @pytest.mark.parametrize("processes, told", [(2, (1,)), (4, (0, 1, 2, 3))])
 def test_all_save_one_step_and_the_run_goes_on(config, tmp_path, processes, told):
     run = tmp_path / "run"
-    ends = life(config, run, processes, told, [signal.SIGTERM], after_step=25)
+    ends = life(config, run, processes, told, [signal.SIGTERM], after_step=21)
     assert [end.code for end in ends] == [0] * processes, [end.error for end in ends]
     last = rows_of(run)[-1]
-    assert last["preempted"] is True and 25 <= last["step"] < STEPS
+    assert last["preempted"] is True and 21 <= last["step"] < STEPS
     assert latest_step(run / "checkpoints") == last["step"]
     assert f"stopped at step {last['step']} as asked" in ends[0].error
-    train(config, run, *SETTINGS, processes=processes, devices=4 // processes)
+    end = f"train.num_steps={last['step'] + 5}"
+    train(config, run, *SETTINGS, end, processes=processes, devices=4 // processes)
     whole = tmp_path / "whole"
-    train(config, whole, *SETTINGS, processes=2, devices=2)  # as many devices: gloo sums in the same order
+    train(config, whole, *SETTINGS, end, processes=2, devices=2)  # as many devices: gloo sums in the same order
     assert tree_digest(run / "checkpoints") == tree_digest(whole / "checkpoints")
 
 
 def test_a_second_signal_ends_at_once_and_harms_nothing(config, tmp_path):
     run = tmp_path / "run"
-    ends = life(config, run, 2, (1,), [signal.SIGTERM, signal.SIGTERM], after_step=25)
+    ends = life(config, run, 2, (1,), [signal.SIGTERM, signal.SIGTERM], after_step=21)
     assert ends[1].code == 128 + signal.SIGTERM, ends[1].error
     assert ends[0].code in (75, -signal.SIGABRT), ends[0].error  # noticed by gloo, or by JAX's service
-    assert latest_step(run / "checkpoints") >= 20
-    train(config, run, *SETTINGS, processes=2, devices=2)
+    saved = latest_step(run / "checkpoints")
+    assert saved >= 20
+    train(config, run, *SETTINGS, f"train.num_steps={saved + 2}", processes=2, devices=2)
     assert (run / "DONE").exists()
