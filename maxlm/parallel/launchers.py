@@ -19,9 +19,14 @@ def several_processes(environment: Mapping[str, str]) -> bool:
         _number(environment, "SLURM_STEP_NUM_TASKS") > 1
         or ("OMPI_MCA_orte_hnp_uri" in environment and _number(environment, "OMPI_COMM_WORLD_SIZE") > 1)
         or _number(environment, "MEGASCALE_NUM_SLICES") > 1
-        or any("," in environment.get(name, "") for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"))
+        or any(_several_hosts(environment.get(name, "")) for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"))
         or _compute_engine_workers(environment) > 1
     )
+
+
+def _several_hosts(names: str) -> bool:
+    """Whether this is a list of hosts. Off a TPU, libtpu puts a warning into these variables, with a comma in it."""
+    return "," in names and " " not in names
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
