@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{where}{error.strerror or error}", USER_MISTAKE)
     except PeerError as error:
         return _complain(error, error.exit_code)
-    except RuntimeError as error:  # told apart by name, so that no verb imports what it does not use
+    except (RuntimeError, ValueError) as error:  # told apart by name, so that no verb imports what it does not use
         kind = type(error).__name__
         if lost := lost_peer(error):
             return _complain(f"another process of this run is gone ({lost}): see what it says; the same command on "

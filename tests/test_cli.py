@@ -9,6 +9,7 @@ import pytest
 
 import maxlm.cli
 from maxlm.cli import main
+from maxlm.parallel import distributed
 from maxlm.resilience import RunLock
 from tests.training.disks import full_disk, read_only
 from tests.training.runs import prepared, rows_of, train, write_config
@@ -300,3 +301,18 @@ def pass_time():
     import time
 
     time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_lost_peer_is_for_the_orchestrator_to_restart(monkeypatch, capsys, tmp_path, kind):
+    """JAX raises what gloo says as one or the other, by the place in the program (found by scripts/chaos.py)."""
+    def fail(arguments):
+        raise kind("UNKNOWN: Gloo AllGather failed: Connection closed by peer [10.77.0.2]:41709")
+
+    monkeypatch.setattr(maxlm.cli, "_eval", fail)
+    with pytest.raises(kind):  # one process has no peers
+        main(["eval", "--run-dir", str(tmp_path)])
+    monkeypatch.setattr(distributed, "_initialized", lambda: True)
+    assert main(["eval", "--run-dir", str(tmp_path)]) == 75
+    assert "another process of this run is gone" in capsys.readouterr().err
+    assert distributed.exit_code_of(kind("Gloo AllGather failed")) == 75

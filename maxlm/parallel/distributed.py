@@ -221,6 +221,8 @@ def exit_code_of(error: Exception) -> int:
     """The exit code that the command line gives this error, told by name so that nothing is imported for it."""
     if isinstance(error, PeerError):
         return error.exit_code
+    if lost_peer(error):
+        return PEER_LOST
     if isinstance(error, (ConfigError, OSError)) or type(error).__name__ in ("CheckpointError", "WorkerError"):
         return USER_MISTAKE
     return {"RunStopped": 3, "IntegrityError": 3}.get(type(error).__name__, CRASHED)

@@ -1,7 +1,7 @@
 """Real processes that run the real `maxlm` command, forked from one that has imported everything and started nothing.
 
 An import of JAX and its libraries takes 3 s and a life of a tiny run takes less, so each process is a fork of the
-harness: `maxlm.cli.main` in its own process, on its own host, with a clean exit of the interpreter.
+harness: `maxlm.cli.run` in its own process, on its own host, with a clean exit of the interpreter.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 from maxlm import cli
 from tests.chaos.hosts import Hosts
@@ -75,6 +76,12 @@ def fork(body: Callable[[], int], log: Path) -> int:
         os._exit(code)
 
 
+def run_maxlm(words: list[str]) -> NoReturn:
+    """The `maxlm` command, from here on: exits as it does."""
+    sys.argv = ["maxlm", *words]
+    cli.run()
+
+
 def wait(process: int) -> int:
     """The exit code of `process`, minus the number of the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -89,12 +96,12 @@ class Life:
         self.cpu_seconds = 0.0  # of the processes that have exited
         coordinator = hosts.coordinator() if processes > 1 else ""
 
-        def body(index: int) -> int:
-            if not coordinator:
-                return cli.main(words)
-            hosts.enter(index)
-            place = ["--coordinator", coordinator, "--num-processes", str(processes), "--process-id", str(index)]
-            return cli.main([*words, *place])
+        def body(index: int) -> NoReturn:
+            place: list[str] = []
+            if coordinator:
+                hosts.enter(index)
+                place = ["--coordinator", coordinator, "--num-processes", str(processes), "--process-id", str(index)]
+            run_maxlm([*words, *place])
 
         self.processes = [fork(lambda index=index: body(index), log) for index, log in enumerate(self.logs)]
 

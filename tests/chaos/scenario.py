@@ -15,13 +15,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from maxlm import cli
 from maxlm.checkpoint import layout
 from maxlm.training.saved_run import CHECKPOINTS
 from tests.chaos.faults import Fault, Plan
 from tests.chaos.hosts import Hosts, small_disk
 from tests.chaos.inflict import damage, inflict, repair
-from tests.chaos.processes import POLL, Life, fork, wait
+from tests.chaos.processes import POLL, Life, fork, run_maxlm, wait
 from tests.chaos.setting import PHASE_SECONDS, Setting, digests_of
 from tests.chaos.watch import Watch
 from tests.training.runs import timeless
@@ -230,7 +229,7 @@ class Scenario:
             if digest != reference["digests"][step]:
                 strike.problems.append(("digest", f"step {step} (sample {place}): {digest[:12] or 'unreadable'}"))
         log = self.folder / "digest.log"
-        code = wait(fork(lambda: cli.main(["checkpoint", "digest", str(self.run_dir)]), log))
+        code = wait(fork(lambda: run_maxlm(["checkpoint", "digest", str(self.run_dir)]), log))
         final, expected = log.read_text().split()[-1:], reference["digests"][self.setting.steps]
         if code or final != [expected]:
             last.problems.append(("digest", f"final parameters: {final}, undisturbed {expected}"))

@@ -40,6 +40,7 @@ class Setting:
     def watched(self, run: Path, processes: int, *changes: str) -> list[str]:
         """The command of a run that will be disturbed: its programs are compiled, so it may be watched closely."""
         return self.words(run, processes, f"resilience.watchdog.step_seconds={STEP_SECONDS}",
+                          "resilience.watchdog.step_factor=5",
                           f"resilience.watchdog.phase_seconds={PHASE_SECONDS}", *changes)
 
     def reference(self, processes: int) -> dict:
