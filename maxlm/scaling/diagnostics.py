@@ -1,0 +1,96 @@
+"""What can be wrong with a fit that converged: parameters the data do not determine, bounds, patterned residuals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from maxlm.scaling.fit import Fitted, budgets
+from maxlm.scaling.runs import Runs
+from maxlm.scaling.uncertainty import Bootstrap, Interval, robust_sd
+
+ILL_CONDITIONED = 1e4
+AT_ZERO = 1e-2  # irreducible loss, over the smallest loss, below which it is not seen
+STEEP = 3.0  # an exponent above this is a step, not a power law
+WIDE = 10.0  # ratio of an interval's ends beyond which a positive parameter has no useful value
+FEW_CLUSTERS = 12
+PATTERN = 4.0  # standard errors of a budget's mean residual
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """`residual_sd` robust, `condition` of the Jacobian with columns scaled to length one, `flattest` the direction
+    {natural parameter: relative change} along which the replicates spread most, `warnings` one line each."""
+
+    residual_sd: float
+    largest_residual: float
+    largest_residual_line: int
+    condition: float
+    flattest: dict[str, float]
+    budget_residuals: list[tuple[float, int, float]]
+    warnings: list[str]
+
+
+def diagnose(fitted: Fitted, runs: Runs, found: Bootstrap, ends: dict[str, Interval]) -> Diagnostics:
+    """`ends` are the intervals of the natural parameters."""
+    residuals = fitted.residuals(runs)
+    jacobian = fitted.jacobian(runs.columns)
+    length = np.linalg.norm(jacobian, axis=0)
+    condition = float(np.linalg.cond(jacobian / np.where(length > 0, length, 1)))
+    worst = int(np.argmax(np.abs(residuals)))
+    flattest = _flattest(fitted, found)
+    by_budget = _by_budget(runs, residuals)
+    warnings = [*_bounds(fitted), *_unidentified(fitted, ends, flattest)]
+    if condition > ILL_CONDITIONED:
+        warnings.append(f"the parameters are nearly dependent in these runs (condition number {condition:.1e}): read "
+                        "predictions inside the range of the data, not single parameters")
+    clusters = int(runs.cluster.max()) + 1
+    if clusters < FEW_CLUSTERS:
+        warnings.append(f"only {clusters} independent runs: intervals from so few are not to be relied on")
+    sd = robust_sd(residuals, fitted.theta.size)
+    for flops, count, mean in by_budget:
+        if count >= 4 and abs(mean) > PATTERN * max(sd, 1e-9) / np.sqrt(count):
+            warnings.append(f"the {count} runs at about {flops:.2g} FLOPs lie {mean:+.2%} off the law on average, "
+                            "which their scatter does not explain")
+    return Diagnostics(sd, float(residuals[worst]), int(runs.lines[worst]), condition, flattest, by_budget, warnings)
+
+
+def _bounds(fitted: Fitted) -> list[str]:
+    natural = fitted.natural()
+    warnings = []
+    if "E" in natural and natural["E"] < AT_ZERO * np.exp(fitted.centre["loss"]):
+        warnings.append("E is at its bound 0: these runs do not show an irreducible loss")
+    for name in fitted.law.exponents:
+        if natural[name] > STEEP:
+            warnings.append(f"{name} = {natural[name]:.2f} is too steep for a power law: it fits a step in the data")
+    return warnings
+
+
+def _unidentified(fitted: Fitted, ends: dict[str, Interval], flattest: dict[str, float]) -> list[str]:
+    lost = [name for name in ends if name not in ("A", "B", "N_c", "D_c")
+            and not (ends[name][0] > 0 and ends[name][1] < WIDE * ends[name][0])]
+    if not lost:
+        return []
+    along = ", ".join(f"{name} by {change:+.0%}" for name, change in flattest.items() if abs(change) >= 0.01)
+    return [f"these runs do not determine {', '.join(lost)}: the fit hardly changes when together {along} change"]
+
+
+def _flattest(fitted: Fitted, found: Bootstrap) -> dict[str, float]:
+    """The direction of largest spread of the replicates, as relative changes of the natural parameters for one standard
+    deviation along it (signs are up to a common one)."""
+    deviation = np.clip(found.stated - fitted.theta, -20, 20)
+    _, spread, axes = np.linalg.svd(deviation, full_matrices=False)
+    along = fitted.theta + axes[0] * spread[0] / np.sqrt(len(deviation))
+    here, there = fitted.natural(), fitted.natural(along)
+    return {name: float(there[name] / here[name] - 1) for name in here}
+
+
+def _by_budget(runs: Runs, residuals: np.ndarray) -> list[tuple[float, int, float]]:
+    """(geometric mean FLOPs, runs, mean residual) of each budget; empty where runs have no budgets."""
+    if "flops" not in runs.columns:
+        return []
+    flops = runs.columns["flops"]
+    rank = budgets(flops)
+    return [(float(np.exp(np.log(flops[rank == k]).mean())), int(np.sum(rank == k)), float(residuals[rank == k].mean()))
+            for k in range(rank.max() + 1)]

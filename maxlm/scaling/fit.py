@@ -1,0 +1,213 @@
+"""Fits a law to runs: the best parameters over a grid of starts, what follows from them, and predictions.
+
+`point_fit` gives one `Fitted`; everything that a fit can be asked is a function of its `theta`, so the same code serves
+the fit itself and thousands of bootstrap replicates of it (`theta` [replicates, p]).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.scaling.laws import Law, Natural
+from maxlm.scaling.runs import FLOPS_PER_PARAM_TOKEN, Runs
+from maxlm.scaling.solver import float64_on_cpu, solve
+from maxlm.schema import ConfigError, require
+
+SCREENED, REFINED = 8, 64  # of the start grid: every start is tried for its objective, the best are run to the end
+SAME_OPTIMUM = 1e-6
+BUDGET_GAP = 1.25  # budgets closer than this factor are one budget
+BUDGET_WIDTH = 2.0  # a budget wider than this factor is a spread of runs
+GROUPS, GROUP_SIZE = 8, 5  # then: at most so many groups, of at least so many runs
+MIN_SPREAD = 1.5  # largest over smallest value of an input below which its exponent cannot be seen
+FAR = 60.0  # the widest allocation looked at, in units of log(params), on each side of the data
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The optimum `theta` [p] of `law` on the rows it was given, with the centring they had."""
+
+    law: Law
+    theta: np.ndarray
+    centre: Mapping[str, float]
+    objective: float
+    num_starts: int
+    starts_at_optimum: int
+
+    def natural(self, theta: np.ndarray | None = None) -> Natural:
+        with np.errstate(over="ignore", invalid="ignore"):  # replicates run away where the data leave a parameter open
+            return self.law.natural(self.theta if theta is None else theta, self.centre)
+
+    def inputs(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`columns` as the law's `predict` takes them."""
+        return {name: np.log(columns[name]) - self.centre[name] for name in self.law.inputs}
+
+    def target(self, loss: np.ndarray) -> np.ndarray:
+        return np.log(loss) - self.centre["loss"]
+
+    def log_loss(self, columns: Mapping[str, np.ndarray], theta: np.ndarray | None = None) -> np.ndarray:
+        """Logarithm of the predicted loss: [n], or [replicates, n] for `theta` [replicates, p]."""
+        theta = self.theta if theta is None else theta
+        found = _predict(self.law, np.atleast_2d(theta), self.inputs(columns)) + self.centre["loss"]
+        return found if np.ndim(theta) == 2 else found[0]
+
+    def residuals(self, runs: Runs) -> np.ndarray:
+        """Observed minus predicted log loss [n]: close to the relative error of the loss."""
+        return np.log(runs.columns["loss"]) - self.log_loss(runs.columns)
+
+    def jacobian(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """d log_loss / d theta, [n, p]."""
+        return _jacobian(self.law, self.theta, self.inputs(columns))
+
+    def frontier(self, flops: np.ndarray, per_param_token: float, theta: np.ndarray | None = None) -> Natural:
+        """The compute-optimal `params`, `tokens` and `loss` for budgets `flops` [c] = per_param_token * N * D.
+
+        [c], or [replicates, c] for `theta` [replicates, p]. NaN where no division of the budget is best.
+        """
+        theta = self.theta if theta is None else theta
+        budgets = np.log(np.asarray(flops, float) / per_param_token) - self.centre["params"] - self.centre["tokens"]
+        where, loss = _frontier(self.law, np.atleast_2d(theta), budgets)
+        log_params = where + self.centre["params"]
+        log_tokens = np.log(np.asarray(flops, float) / per_param_token) - log_params
+        found = {"params": np.exp(log_params), "tokens": np.exp(log_tokens), "loss": np.exp(loss + self.centre["loss"])}
+        found["tokens_per_param"] = found["tokens"] / found["params"]
+        return found if np.ndim(theta) == 2 else {name: values[0] for name, values in found.items()}
+
+
+def point_fit(law: Law, runs: Runs) -> Fitted:
+    """The best fit over the law's grid of starts.
+
+    Raises ConfigError where the rows cannot determine the law (`check_design`) or where the best fit says that the loss
+    does not fall with an input.
+    """
+    check_design(law, runs)
+    fitted = fit_unchecked(law, runs)
+    for name in law.exponents:
+        value = fitted.natural()[name]
+        require(bool(np.isfinite(value) and value > 0),
+                f"{law.name} does not fit these runs: at the best fit {name} = {value:.3g}, so the loss would not fall "
+                f"with scale; look for diverged runs, a mixed-up column or too narrow a range")
+    return fitted
+
+
+def fit_unchecked(law: Law, runs: Runs, weights: np.ndarray | None = None) -> Fitted:
+    """The best fit whatever it says; `weights` [n] count the rows (0 leaves one out by the same program)."""
+    centre = {name: float(np.mean(np.log(runs.columns[name]))) for name in law.inputs}
+    centre["loss"] = float(np.log(runs.columns["loss"].min()))
+    empty = Fitted(law, np.zeros(law.num_parameters), centre, np.inf, 0, 0)
+    x, y = empty.inputs(runs.columns), empty.target(runs.columns["loss"])
+    starts = law.starts(max(float(np.exp(np.median(y))), 1.01))
+    distance = (np.abs(_predict(law, starts, x) - y) * (1 if weights is None else weights)).sum(-1)
+    order = np.argsort(np.where(np.isfinite(distance), distance, np.inf), kind="stable")
+    chosen = starts[np.union1d(order[: REFINED * 2], order[::SCREENED])]
+    found = solve(law.predict, x, y, chosen, weights)
+    best = int(np.argmin(found.objective))
+    objective = float(found.objective[best])
+    same = int((found.objective <= objective * (1 + SAME_OPTIMUM)).sum())
+    return Fitted(law, found.theta[best], centre, objective, len(chosen), same)
+
+
+def refit(fitted: Fitted, runs: Runs, weights: np.ndarray) -> np.ndarray:
+    """theta [replicates, p] at the optimum for each row of `weights` [replicates, n], started from the fit itself."""
+    starts = np.broadcast_to(fitted.theta, (len(weights), fitted.theta.size))
+    x, y = fitted.inputs(runs.columns), fitted.target(runs.columns["loss"])
+    return solve(fitted.law.predict, x, y, starts, weights).theta
+
+
+def flops_per_param_token(runs: Runs) -> float:
+    """C / (N D) of these runs: the median where `flops` was given, else 6."""
+    columns = runs.columns
+    if columns.keys() >= {"flops", "params", "tokens"}:
+        return float(np.median(columns["flops"] / (columns["params"] * columns["tokens"])))
+    return float(FLOPS_PER_PARAM_TOKEN)
+
+
+def budgets(flops: np.ndarray) -> np.ndarray:
+    """Which budget [n] each run belongs to, from 0 for the smallest.
+
+    A gap of more than BUDGET_GAP starts the next. Runs that spread without gaps are divided into equal numbers instead.
+    """
+    order = np.argsort(flops, kind="stable")
+    steps = np.concatenate([[0], np.cumsum(np.diff(np.log(flops[order])) > np.log(BUDGET_GAP))])
+    widest = max(np.ptp(np.log(flops[order][steps == k])) for k in range(steps[-1] + 1))
+    if widest > np.log(BUDGET_WIDTH):
+        steps = np.arange(len(flops)) * min(GROUPS, max(len(flops) // GROUP_SIZE, 1)) // len(flops)
+    ranks = np.empty(len(flops), int)
+    ranks[order] = steps
+    return ranks
+
+
+def check_design(law: Law, runs: Runs) -> None:
+    """Raises ConfigError where these rows cannot determine the law, whatever the losses are."""
+    needed = law.num_parameters + 1
+    require(len(runs) >= needed, f"{law.name} has {law.num_parameters} parameters and needs at least {needed} runs; "
+                                 f"{runs.source} gives {len(runs)}")
+    for name in law.inputs:
+        values = runs.columns[name]
+        spread = float(values.max() / values.min())
+        require(spread >= MIN_SPREAD and np.unique(values).size >= 3,
+                f"{law.name} needs runs of different {name}: these have {np.unique(values).size} value(s) over a "
+                f"factor of {spread:.3g}; add runs with at least 3 values over a factor of {MIN_SPREAD}")
+    if law.has_frontier:
+        spread = float(runs.columns["flops"].max() / runs.columns["flops"].min())
+        require(spread >= 2, f"{law.name} needs runs of more than one budget: the FLOPs of these span a factor of "
+                             f"{spread:.3g}; add runs with other budgets")
+        logs = np.log([runs.columns[name] for name in law.inputs])
+        if abs(np.corrcoef(logs)[0, 1]) > 1 - 1e-6:
+            raise ConfigError(f"{law.name} cannot tell params from tokens: every run has the same ratio of them (up to "
+                              f"a power); vary the model size within a budget")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict_jit(law, theta, x):
+    return jax.vmap(lambda t: law.predict(t, x))(theta)
+
+
+def _predict(law, theta, x):
+    with float64_on_cpu():
+        return np.asarray(_predict_jit(law, theta, x))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jacobian_jit(law, theta, x):
+    return jax.jacfwd(law.predict)(theta, x)
+
+
+def _jacobian(law, theta, x):
+    with float64_on_cpu():
+        return np.asarray(_jacobian_jit(law, theta, x))
+
+
+def _frontier(law, theta, budgets):
+    """Where (log params, centred) the loss is least along log params + log tokens = budget, and its log there."""
+    with float64_on_cpu():
+        return [np.asarray(a) for a in _frontier_jit(law, theta, budgets)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _frontier_jit(law, theta, budgets):
+    def along(t, budget, log_params):
+        return law.predict(t, {"params": log_params, "tokens": budget - log_params})
+
+    slope = jax.grad(along, argnums=2)
+
+    def best(t, budget):
+        """Bisection on the sign of the slope, which is negative left of the optimum."""
+        def halve(_, bounds):
+            low, high = bounds
+            middle = (low + high) / 2
+            falls = slope(t, budget, middle) < 0
+            return jnp.where(falls, middle, low), jnp.where(falls, high, middle)
+
+        edges = budget / 2 - FAR, budget / 2 + FAR
+        low, high = jax.lax.fori_loop(0, 64, halve, edges)
+        middle = (low + high) / 2
+        inside = (middle > edges[0] + 1e-6) & (middle < edges[1] - 1e-6)
+        return jnp.where(inside, middle, jnp.nan), along(t, budget, middle)
+
+    return jax.vmap(lambda t: jax.vmap(lambda b: best(t, b))(budgets))(theta)

@@ -1,0 +1,174 @@
+"""The laws: what each says, where it is published, and its parameters in a space without bounds or units.
+
+Inside a fit every input column is the logarithm of its value over the geometric mean of the column, and the loss is
+over the smallest loss, so that fits do not depend on units and one grid of starts serves every data set. `Law.natural`
+turns such a `theta` back into the parameters of the published equation, in the units of the file.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.schema import ConfigError
+
+Natural = dict[str, np.ndarray]
+Centre = Mapping[str, float]  # column -> mean of its logarithm; 'loss' -> logarithm of the smallest loss
+
+
+@dataclass(frozen=True, eq=False)  # one object a law: hashed by identity where it is compiled for
+class Law:
+    """One law of the logarithm of the loss.
+
+    `predict(theta [p], columns)` gives [n] in centred units; `natural(theta [..., p], centre)` named arrays [...];
+    `starts(excess)` [s, p], where `excess` is the median loss over the smallest loss. `exponents` are the names of
+    `natural` that must be above 0 for the fit to mean anything.
+    """
+
+    name: str
+    title: str
+    equation: str
+    source: str
+    inputs: tuple[str, ...]
+    num_parameters: int
+    exponents: tuple[str, ...]
+    predict: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]
+    natural: Callable[[np.ndarray, Centre], Natural]
+    starts: Callable[[float], np.ndarray]
+    coordinates: Mapping[str, int]  # names of `natural` that are a function of one theta alone, and which
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        return (*self.inputs, "loss")
+
+    @property
+    def has_frontier(self) -> bool:
+        """Whether a compute budget can be divided between parameters and tokens."""
+        return self.inputs == ("params", "tokens")
+
+
+OFFSETS = (0.2, 0.5, 0.7, 0.85, 0.95)  # irreducible loss over the smallest loss
+SHARES = (0.2, 0.5, 0.8)  # of the reducible loss that is due to the number of parameters
+EXPONENTS = (0.05, 0.1, 0.2, 0.35, 0.55, 0.8, 1.2)
+
+
+def _chinchilla(theta, x):
+    e, a, b, alpha, beta = theta
+    return jnp.log(jnp.exp(e) + jnp.exp(a - alpha * x["params"]) + jnp.exp(b - beta * x["tokens"]))
+
+
+def _chinchilla_natural(theta, centre):
+    e, a, b, alpha, beta = np.moveaxis(np.asarray(theta), -1, 0)
+    scale = centre["loss"]
+    return {"E": np.exp(e + scale), "A": np.exp(a + scale + alpha * centre["params"]),
+            "B": np.exp(b + scale + beta * centre["tokens"]), "alpha": alpha, "beta": beta,
+            "a": beta / (alpha + beta)}
+
+
+def _chinchilla_starts(excess):
+    return np.array([
+        (np.log(offset), np.log(share * (excess - offset)), np.log((1 - share) * (excess - offset)), alpha, beta)
+        for offset, share, alpha, beta in itertools.product(OFFSETS, SHARES, EXPONENTS, EXPONENTS)
+    ])
+
+
+def _tied(theta, x):
+    e, a, b, alpha = theta
+    return _chinchilla((e, a, b, alpha, alpha), x)
+
+
+def _tied_natural(theta, centre):
+    tied = _chinchilla_natural(np.asarray(theta)[..., [0, 1, 2, 3, 3]], centre)
+    return {name: tied[name] for name in ("E", "A", "B", "alpha")}
+
+
+def _tied_starts(excess):
+    grid = _chinchilla_starts(excess)
+    return grid[grid[:, 3] == grid[:, 4], :4]
+
+
+def _overtraining_natural(theta, centre):
+    """L = E + (a M^eta + b M^-eta) C^-eta with C = 6 N D and M = D / N is the tied law with alpha = 2 eta."""
+    tied = _tied_natural(theta, centre)
+    scale = 6 ** (tied["alpha"] / 2)
+    return {"E": tied["E"], "a": tied["A"] * scale, "b": tied["B"] * scale, "eta": tied["alpha"] / 2}
+
+
+def _kaplan(theta, x):
+    n, d, ratio, alpha_d = theta
+    return alpha_d * jnp.logaddexp(n - ratio * x["params"], d - x["tokens"])
+
+
+def _kaplan_natural(theta, centre):
+    n, d, ratio, alpha_d = np.moveaxis(np.asarray(theta), -1, 0)
+    scale = centre["loss"] / alpha_d  # the loss's unit moves into both terms of the sum
+    return {"alpha_N": ratio * alpha_d, "alpha_D": alpha_d, "N_c": np.exp((n + scale) / ratio + centre["params"]),
+            "D_c": np.exp(d + scale + centre["tokens"]), "a": 1 / (1 + ratio)}
+
+
+def _kaplan_starts(excess):
+    total = np.log(excess)
+    return np.array([
+        (np.log(share) + total / alpha, np.log(1 - share) + total / alpha, ratio, alpha)
+        for share, ratio, alpha in itertools.product(SHARES, (0.4, 0.7, 1.0, 1.5), (0.03, 0.06, 0.1, 0.2, 0.4))
+    ])
+
+
+def _power(theta, x, column):
+    e, a, gamma = theta
+    return jnp.logaddexp(e, a - gamma * x[column])
+
+
+def _power_natural(theta, centre, column):
+    e, a, gamma = np.moveaxis(np.asarray(theta), -1, 0)
+    scale = centre["loss"]
+    return {"E": np.exp(e + scale), "A": np.exp(a + scale + gamma * centre[column]), "gamma": gamma}
+
+
+def _power_starts(excess):
+    return np.array([(np.log(offset), np.log(excess - offset), gamma)
+                     for offset, gamma in itertools.product((0.02, *OFFSETS), (0.02, *EXPONENTS))])
+
+
+def _power_law(name, column, symbol):
+    return Law(
+        name, f"power law in {column} with an offset", f"L = E + A / {symbol}^gamma",
+        "Henighan et al. 2020 (arXiv:2010.14701), equation 1.1", (column,), 3, ("gamma",),
+        lambda theta, x: _power(theta, x, column), lambda theta, centre: _power_natural(theta, centre, column),
+        _power_starts, {"E": 0, "gamma": 2},
+    )
+
+
+_LAWS = (
+    Law("chinchilla", "Chinchilla, approach 3", "L = E + A / N^alpha + B / D^beta",
+        "Hoffmann et al. 2022 (arXiv:2203.15556), equation 2", ("params", "tokens"), 5, ("alpha", "beta"),
+        _chinchilla, _chinchilla_natural, _chinchilla_starts, {"E": 0, "alpha": 3, "beta": 4}),
+    Law("chinchilla-tied", "Chinchilla with one exponent", "L = E + A / N^alpha + B / D^alpha",
+        "Hoffmann et al. 2022 (arXiv:2203.15556), equation 2 with alpha = beta; used by Muennighoff et al. 2023 "
+        "(arXiv:2305.16264)", ("params", "tokens"), 4, ("alpha",), _tied, _tied_natural, _tied_starts,
+        {"E": 0, "alpha": 3}),
+    Law("overtraining", "over-training", "L = E + (a M^eta + b M^-eta) C^-eta, C = 6 N D, M = D / N",
+        "Gadre et al. 2024 (arXiv:2403.08540), equation 4", ("params", "tokens"), 4, ("eta",), _tied,
+        _overtraining_natural, _tied_starts, {"E": 0, "eta": 3}),
+    Law("kaplan", "Kaplan", "L = [(N_c / N)^(alpha_N / alpha_D) + D_c / D]^alpha_D",
+        "Kaplan et al. 2020 (arXiv:2001.08361), equation 1.5", ("params", "tokens"), 4, ("alpha_N", "alpha_D"),
+        _kaplan, _kaplan_natural, _kaplan_starts, {"alpha_D": 3}),
+    _power_law("compute", "flops", "C"),
+    _power_law("params", "params", "N"),
+    _power_law("tokens", "tokens", "D"),
+)
+LAWS = {law.name: law for law in _LAWS}
+ALIASES = {"approach3": "chinchilla", "gadre": "overtraining"}
+
+
+def find_law(name: str) -> Law:
+    """Raises ConfigError, naming the laws there are."""
+    known = ALIASES.get(name, name)
+    if known not in LAWS:
+        raise ConfigError(f"--law {name!r} is not one of {', '.join([*LAWS, *ALIASES])}")
+    return LAWS[known]

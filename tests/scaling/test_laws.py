@@ -1,0 +1,94 @@
+"""Every law recovers the parameters that its data were made with, in the units of the data."""
+
+import numpy as np
+import pytest
+
+from maxlm.scaling.fit import check_design, flops_per_param_token, point_fit
+from maxlm.scaling.laws import LAWS, find_law
+from maxlm.scaling.runs import read_runs
+from maxlm.schema import ConfigError
+from tests.scaling.ladders import chinchilla_loss, ladder, simulated, write_csv
+
+CASES = {
+    "chinchilla": (lambda n, d, c, E, A, B, alpha, beta: E + A / n**alpha + B / d**beta,
+                   {"E": 1.7, "A": 500.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}),
+    "chinchilla-tied": (lambda n, d, c, E, A, B, alpha: E + A / n**alpha + B / d**alpha,
+                        {"E": 1.8, "A": 560.0, "B": 1750.0, "alpha": 0.357}),
+    "overtraining": (lambda n, d, c, E, a, b, eta: E + (a * (d / n) ** eta + b * (d / n) ** -eta) * c**-eta,
+                     {"E": 1.5, "a": 140.0, "b": 190.0, "eta": 0.12}),
+    "kaplan": (lambda n, d, c, alpha_N, alpha_D, N_c, D_c: ((N_c / n) ** (alpha_N / alpha_D) + D_c / d) ** alpha_D,
+               {"alpha_N": 0.076, "alpha_D": 0.095, "N_c": 8.8e13, "D_c": 5.4e13}),
+    "compute": (lambda n, d, c, E, A, gamma: E + A / c**gamma, {"E": 1.7, "A": 1600.0, "gamma": 0.16}),
+    "params": (lambda n, d, c, E, A, gamma: E + A / n**gamma, {"E": 1.7, "A": 400.0, "gamma": 0.34}),
+    "tokens": (lambda n, d, c, E, A, gamma: E + A / d**gamma, {"E": 1.7, "A": 410.0, "gamma": 0.28}),
+}
+
+
+def runs_of(name, path):
+    make, truth = CASES[name]
+    params, tokens = ladder()
+    flops = 6 * params * tokens * np.where(name == "compute", np.geomspace(1, 1.01, params.size), 1)
+    loss = make(params, tokens, flops, **truth)
+    write_csv(path, params=params.tolist(), tokens=tokens.tolist(), flops=flops.tolist(), loss=loss.tolist())
+    return read_runs(path, LAWS[name].needed), truth
+
+
+def test_every_law_has_a_case():
+    assert CASES.keys() == LAWS.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_law_recovers_its_parameters(name, tmp_path):
+    runs, truth = runs_of(name, tmp_path / "runs.csv")
+    fitted = point_fit(LAWS[name], runs)
+    for parameter, value in truth.items():
+        assert abs(fitted.natural()[parameter] / value - 1) < 1e-3, (parameter, fitted.natural()[parameter])
+    assert np.abs(fitted.residuals(runs)).max() < 1e-5
+
+
+def test_the_frontier_is_where_the_loss_is_least(tmp_path):
+    law = find_law("approach3")
+    runs = read_runs(simulated(tmp_path / "runs.csv"), law.needed)
+    fitted, flops = point_fit(law, runs), 1e22
+    best = fitted.frontier([flops], flops_per_param_token(runs))
+    p = fitted.natural()
+    G = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / (p["alpha"] + p["beta"]))  # Hoffmann et al., equation 4
+    assert np.isclose(best["params"][0], G * (flops / 6) ** p["a"], rtol=1e-5)
+    assert np.isclose(best["loss"][0], chinchilla_loss(best["params"][0], best["tokens"][0], p), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "words"), [
+    (slice(0, 5), "needs at least 6 runs"),
+    (slice(0, 7), "more than one budget"),
+    (slice(3, 35, 7), "needs at least 6"),
+])
+def test_a_design_that_cannot_tell(rows, words, tmp_path):
+    law = find_law("chinchilla")
+    runs = read_runs(simulated(tmp_path / "runs.csv"), law.needed)
+    keep = np.zeros(len(runs), bool)
+    keep[rows] = True
+    with pytest.raises(ConfigError, match=words):
+        check_design(law, runs.take(keep))
+
+
+def test_one_ratio_of_tokens_to_parameters(tmp_path):
+    params = np.geomspace(1e7, 1e9, 12)
+    path = write_csv(tmp_path / "runs.csv", params=params.tolist(), tokens=(20 * params).tolist(),
+                     loss=chinchilla_loss(params, 20 * params).tolist())
+    law = find_law("chinchilla")
+    with pytest.raises(ConfigError, match="cannot tell params from tokens"):
+        point_fit(law, read_runs(path, law.needed))
+
+
+def test_a_loss_that_rises_with_scale_is_refused(tmp_path):
+    params, tokens = ladder()
+    path = write_csv(tmp_path / "runs.csv", params=params.tolist(), tokens=tokens.tolist(),
+                     loss=(2 + (tokens / 1e9) ** 0.2).tolist())
+    law = find_law("chinchilla")
+    with pytest.raises(ConfigError, match="would not fall"):
+        point_fit(law, read_runs(path, law.needed))
+
+
+def test_an_unknown_law_names_those_there_are():
+    with pytest.raises(ConfigError, match="chinchilla-tied"):
+        find_law("chinchila")
