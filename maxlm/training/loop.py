@@ -327,7 +327,7 @@ class _Run:
             self.checkpointer.rewind(spike.resume_at, expected=spike.resume_at >= self.config.checkpoint.every_steps)
             state, step, meta = self._state(strict)
         self.anomalies.rolled_back(spike, step, meta)
-        self.ledger.rollback(step, batches)
+        self.ledger.rollback(step, batches, state, meta.get("ledger"))
         self.tokens = meta.get("data", {}).get("tokens", 0)
         if self.writer:
             self.writer.close()

@@ -59,19 +59,10 @@ class StepLedger:
     def begin(self, step: int, state: TrainState, saved: dict[str, Any] | None) -> None:
         """The run goes on from `state`, that of `step`. saved: the `meta` that its checkpoint keeps, None for a fresh
         state. Raises RunStopped where the state is not what was saved."""
-        digests = self._digests.read(state)
-        if saved:
-            other = [name for name in STATE if saved[name] != digests[name]]
-            if other:
-                raise RunStopped(
-                    f"the checkpoint of step {step} does not hold what was saved: its {' and '.join(other)} has digest "
-                    f"{digests[other[0]]} on the device, {saved[other[0]]} when it was saved; move it out of the "
-                    "checkpoints folder, and the same command goes on from the one before"
-                )
+        digests = self._restored(step, state, saved)
         self._lineage = [*saved["lineage"]] if saved else []
         if not self._lineage or self._lineage[-1]["environment"] != self._environment:
             self._lineage.append({"from_step": step, "environment": self._environment})
-        self._known = (step, digests)
         if self._ledger:
             chain = saved["chain"] if saved else None
             self._ledger.start(step, lineage_of(self._lineage), self._environment, chain=chain, **digests)
@@ -99,11 +90,26 @@ class StepLedger:
             self._ledger.flush()
         return {**self._known[1], "lineage": self._lineage, "chain": self._ledger.chain if self._ledger else None}
 
-    def rollback(self, to: int, skipped: list[int]) -> None:
-        """The run goes back to step `to`, and leaves out the batches of the indices `skipped` from there on."""
+    def rollback(self, to: int, skipped: list[int], state: TrainState, saved: dict[str, Any] | None) -> None:
+        """The run goes back to `state`, that of step `to`, and leaves out the batches of the indices `skipped` from
+        there on. saved, and what is raised: as in `begin`."""
         self._pending.clear()
+        self._restored(to, state, saved)
         if self._ledger:
             self._ledger.rollback(to, skipped)
+
+    def _restored(self, step: int, state: TrainState, saved: dict[str, Any] | None) -> dict[str, str]:
+        """The digests of `state`, which are those that were saved."""
+        digests = self._digests.read(state)
+        other = [name for name in STATE if saved and saved[name] != digests[name]]
+        if other:
+            raise RunStopped(
+                f"the checkpoint of step {step} does not hold what was saved: its {' and '.join(other)} has digest "
+                f"{digests[other[0]]} on the device, {saved[other[0]]} when it was saved; move it out of the "
+                "checkpoints folder, and the same command goes on from the one before"
+            )
+        self._known = step, digests
+        return digests
 
     def close(self) -> None:
         if self._ledger:

@@ -98,6 +98,7 @@ def test_a_run_stops_with_exit_code_3_and_saves_nothing_corrupt(tmp_path, monkey
                 flip(5)(state)
             return real(state, batch)
 
+        call.as_text = real.as_text
         return call
 
     monkeypatch.setattr(loop, "compile_step", compiled)
