@@ -29,6 +29,32 @@ def test_policy(steps, keep_last, keep_every, deleted):
     assert steps_to_delete(steps, keep_last, keep_every) == deleted
 
 
+@pytest.mark.parametrize(("steps", "behind", "deleted"), [
+    ([10, 20, 30], 0, [10, 20]),
+    ([10, 20, 30], 5, [10]),  # a spike at 31 goes back to 26 at the latest
+    ([10, 20, 30], 11, [10]),
+    ([10, 20, 30], 12, [20]),
+    ([10, 27, 29, 30], 4, [10, 29]),
+    ([10, 20, 30], 100, [10, 20]),
+])
+def test_one_stays_for_a_rollback(steps, behind, deleted):
+    assert steps_to_delete(steps, 1, 0, behind) == deleted
+
+
+def test_rewinding_deletes_what_is_newer_and_refuses_to_leave_nothing(tmp_path):
+    with Checkpointer(tmp_path, keep_last=5) as checkpointer:
+        for step in (2, 4, 6):
+            checkpointer.save(step, STATE, {"step": step})
+        with pytest.raises(CheckpointError, match="no checkpoint up to step 1 to go back to"):
+            checkpointer.rewind(1, expected=True)
+        assert complete_steps(tmp_path) == [2, 4, 6]
+        checkpointer.rewind(5, expected=True)
+        assert checkpointer.latest_step() == 4 and complete_steps(tmp_path) == [2, 4]
+        assert checkpointer.save(6, STATE, {"step": 6}), "the step may be saved again"
+        checkpointer.rewind(1, expected=False)
+        assert checkpointer.latest_step() is None and complete_steps(tmp_path) == []
+
+
 def test_policy_on_disk_and_across_runs(tmp_path):
     for first in (1, 5):
         with Checkpointer(tmp_path, keep_last=2, keep_every=3) as checkpointer:

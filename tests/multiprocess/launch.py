@@ -40,8 +40,9 @@ def with_devices(count: int) -> dict[str, str]:
 
 
 def start(config: pathlib.Path, run: pathlib.Path, *overrides: str, processes: int, devices: int,
-          each: Sequence[Sequence[str]] = ()) -> list[subprocess.Popen[str]]:
-    """`maxlm train` in `processes` processes of `devices` devices; `each[i]` are more words for process i."""
+          each: Sequence[Sequence[str]] = (), program: Sequence[str | pathlib.Path] = (PROGRAM,)) -> list[subprocess.Popen[str]]:
+    """`maxlm train` in `processes` processes of `devices` devices; `each[i]` are more words for process i. program:
+    what Python is to run, and words that go before."""
     port = free_port()
     started = []
     for index in range(processes):
@@ -50,7 +51,7 @@ def start(config: pathlib.Path, run: pathlib.Path, *overrides: str, processes: i
             words += ["--coordinator", f"localhost:{port}", "--num-processes", str(processes), "--process-id",
                       str(index)]
         words += each[index] if each else []
-        started.append(subprocess.Popen([sys.executable, PROGRAM, *map(str, words)], stdout=subprocess.PIPE,
+        started.append(subprocess.Popen([sys.executable, *program, *map(str, words)], stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, text=True, env=with_devices(devices)))
     return started
 

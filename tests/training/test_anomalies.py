@@ -8,6 +8,7 @@ import time
 import pytest
 
 from maxlm.checkpoint import Checkpointer, latest_step, list_checkpoints, read_meta, tree_digest
+from tests.multiprocess import launch
 from tests.training.poisoned import poison
 from tests.training.runs import ONE_DEVICE, arguments, prepared, rows_of, start, timeless, train, write_config
 
@@ -16,6 +17,7 @@ COMMON = (f"train.num_steps={STEPS}", "eval.every_steps=0", "logging.sample_prom
 NAN = ("model.tie_embeddings=false", "optimizer.weight_decay=0.0")
 ROLLBACK = ("resilience.spike.action=rollback", "resilience.spike.window=6", "resilience.spike.threshold=2.0",
             "resilience.spike.skip_batches=3")
+POISONED = ("tests.training.poisoned", '{"spike": [11, 20]}')
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def test_spike_after_spike_stops_the_run(config, tmp_path, monkeypatch, capsys):
 def life(config, run, killed_after=None, delay=0.0):
     """One life of the poisoned run: to its end, or killed `delay` seconds after it had so many rows."""
     settings = arguments(config, run, *COMMON, *ROLLBACK, "checkpoint.every_steps=4")
-    process = start(settings, ONE_DEVICE, program=("tests.training.poisoned", '{"spike": [11, 20]}'))
+    process = start(settings, ONE_DEVICE, program=POISONED)
     rows, deadline = run / "metrics.jsonl", time.monotonic() + 100
     while killed_after and process.poll() is None and time.monotonic() < deadline:
         if rows.exists() and rows.read_text().count("\n") >= killed_after:
@@ -139,3 +141,16 @@ def test_killed_around_spikes_and_rollbacks_it_ends_with_the_same_bits(config, t
     life(config, broken)
     assert digest(broken) == digest(whole)
     assert timeless(broken) == timeless(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_roll_back_together_and_end_like_one(config, tmp_path):
+    ends = {}
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        started = launch.start(config, run, *COMMON, *ROLLBACK, "checkpoint.every_steps=4", "mesh.data=2",
+                               processes=processes, devices=2 // processes, program=("-m", *POISONED))
+        assert [end.code for end in launch.finish(started)] == [0] * processes
+        assert [event["back_at"] for event in events_of(run)] == [8, 12]
+        ends[processes] = digest(run)
+    assert ends[1] == ends[2]
