@@ -40,7 +40,8 @@ def with_devices(count: int) -> dict[str, str]:
 
 
 def start(config: pathlib.Path, run: pathlib.Path, *overrides: str, processes: int, devices: int,
-          each: Sequence[Sequence[str]] = (), program: Sequence[str | pathlib.Path] = (PROGRAM,)) -> list[subprocess.Popen[str]]:
+          each: Sequence[Sequence[str]] = (),
+          program: Sequence[str | pathlib.Path] = (PROGRAM,)) -> list[subprocess.Popen[str]]:
     """`maxlm train` in `processes` processes of `devices` devices; `each[i]` are more words for process i. program:
     what Python is to run, and words that go before."""
     port = free_port()
