@@ -12,7 +12,7 @@ from tests.training.runs import prepared, rows_of, write_config
 
 pytestmark = pytest.mark.slow
 STEPS = 4000  # never reached: JAX looks for a signal once a second
-SETTINGS = ("schedule.name=constant", "logging.sample_prompt=", "eval.every_steps=0", "eval.num_batches=1",
+SETTINGS = ("schedule.name=constant", "logging.sample_prompt=", "eval.every_steps=1", "eval.num_batches=4",
             "checkpoint.every_steps=20")
 
 
