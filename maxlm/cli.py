@@ -28,6 +28,7 @@ from maxlm.parallel.distributed import (
     processes,
     together,
 )
+from maxlm.scaling.command import add_options as add_fit_options
 from maxlm.schema import ConfigError
 
 UNSAFE, INTERRUPTED = 3, 130
@@ -153,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as one JSON object")
 
     _add_data(verbs)
-    _add_fit(verbs)
+    add_fit_options(_verb(verbs, "fit", _fit, "fit a scaling law to finished runs, with intervals"))
     _add_checkpoint_verbs(verbs)
     return parser
 
@@ -194,21 +195,6 @@ def _add_data(verbs) -> None:
     prepare.add_argument("--heldout-fraction", type=float, default=0.02)
     prepare.add_argument("--text-field", default="text", help="the field or column of JSONL and Parquet")
     prepare.add_argument("--workers", type=int, help="processes (default: one a core)")
-
-
-def _add_fit(verbs) -> None:
-    fit = _verb(verbs, "fit", _fit, "fit a scaling law to finished runs, with intervals")
-    fit.add_argument("runs", type=Path, metavar="RUNS", help="runs.jsonl, or a CSV with a header")
-    fit.add_argument("--law", required=True, help="chinchilla, kaplan, compute, ...: docs/SCALING.md lists them")
-    fit.add_argument("--out", required=True, type=Path, help="folder for fit.json, report.md and fit.png")
-    fit.add_argument("--columns", default="", metavar="OURS=THEIRS,...", help="such as params=N,tokens=D,loss=val")
-    fit.add_argument("--where", default="", metavar="EXPR", help="fit only these rows: 'params>1e7 and lr==0.01'")
-    fit.add_argument("--holdout", default="", metavar="EXPR", help="leave these out and predict them: 'flops>1e21'")
-    fit.add_argument("--bootstrap", type=int, default=4000, metavar="N", help="replicates (default: 4000)")
-    fit.add_argument("--level", type=float, default=0.95, help="of the intervals (default: 0.95)")
-    fit.add_argument("--at-flops", type=float, nargs="+", default=[], metavar="C",
-                     help="budgets to add to the frontier (default: 1, 10 and 100 times the largest)")
-    fit.add_argument("--seed", type=int, default=0, help="of the bootstrap, 0 or more")
 
 
 def _add_checkpoint_verbs(verbs) -> None:
@@ -336,23 +322,13 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _fit(arguments: argparse.Namespace) -> int:
-    if arguments.seed < 0:
-        raise ConfigError(f"--seed={arguments.seed} must be 0 or greater")
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # float64 on small arrays: an accelerator would only be in the way
     _start_jax()
-    from maxlm.scaling.analysis import analyse
-    from maxlm.scaling.laws import find_law
-    from maxlm.scaling.report import summary, write
-    from maxlm.scaling.runs import parse_columns, read_runs
+    from maxlm.scaling.command import fit
 
-    law = find_law(arguments.law)
-    runs = read_runs(arguments.runs, law.needed, parse_columns(arguments.columns), arguments.where)
-    analysis = analyse(law, runs, replicates=arguments.bootstrap, level=arguments.level, seed=arguments.seed,
-                       holdout=arguments.holdout, at_flops=arguments.at_flops)
-    write(analysis, arguments.out)
-    print(summary(analysis))
+    fit(arguments)
     return 0
 
 

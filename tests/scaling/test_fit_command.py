@@ -116,7 +116,7 @@ def refused(capsys, code, *words):
     (["--holdout", "flops>2e18"], "more than one budget"),
     (["--bootstrap", "5"], "at least 100"),
     (["--level", "95"], "--level 95"),
-    (["--seed", "-1"], "--seed=-1"),
+    (["--seed", "-1"], "fit.seed=-1"),
     (["--at-flops", "-1"], "--at-flops"),
 ])
 def test_options_that_cannot_be(words, message, tmp_path, capsys):
