@@ -4,7 +4,8 @@ What is checked of each fault:
 - exit: each process ended as the contract says (README.md): 0 where it was asked to stop, 2 on a full disk, else 75
   or a signal, which an orchestrator answers with a restart;
 - hang: no process outlived the fault by more than the bound;
-- lost: the next life goes on from the newest complete checkpoint that was left unharmed, and harmed ones are kept;
+- lost: the next life goes on from the newest complete checkpoint that was left unharmed, harmed ones are kept, and a
+  life asked to stop has saved the step it stopped at;
 - digest: that checkpoint, and the finished run's, hold the undisturbed run's parameters, and its rows are the same.
 """
 
@@ -23,7 +24,7 @@ from tests.chaos.inflict import damage, inflict, repair
 from tests.chaos.processes import POLL, Life, fork, run_maxlm, wait
 from tests.chaos.setting import PHASE_SECONDS, Setting, digests_of
 from tests.chaos.watch import Watch
-from tests.training.runs import timeless
+from tests.training.runs import rows_of, timeless
 
 SAVED, MISTAKE, RESTART = 0, 2, 75  # exit codes; 75 is EX_TEMPFAIL
 DISK = 64 << 20
@@ -171,6 +172,11 @@ class Scenario:
                 right = killed or self.watch.done()
             if not right:
                 strike.problems.append(("exit", f"process {index} exited {code}: {self._last_words(index)}"))
+
+        if fault.kind.startswith("SIGTERM") and not self.watch.done():
+            stopped, newest = rows_of(self.run_dir)[-1], self._newest()
+            if not stopped.get("preempted") or stopped["step"] != newest:
+                strike.problems.append(("lost", f"asked to stop: newest checkpoint {newest}, last row {stopped}"))
 
     def _check_start(self) -> None:
         """Once a life: that it went on from the newest complete checkpoint, and kept the harmed one it passed over."""
