@@ -4,8 +4,8 @@
 
 For each of three Chinchilla laws, three shapes of noise and three sizes of ladder, `--trials` data sets are made,
 fitted from a blind start and bootstrapped as `maxlm fit` does; the record has the share of trials whose 95% interval
-holds the true E, alpha, beta, a, N*(100 C) and L*(100 C), C being the largest budget. A share of 200 trials has a standard error
-of 1.5%.
+holds the true E, alpha, beta, a, N*(100 C) and L*(100 C), C being the largest budget. A share of 200 trials has a
+standard error of 1.5%.
 """
 
 from __future__ import annotations

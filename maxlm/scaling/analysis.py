@@ -49,7 +49,8 @@ class Analysis:
         if isinstance(self.next_budget, str):
             return f"extrapolation {self.next_budget}"
         if self.next_budget.biased:
-            return f"do not extrapolate: fitted without its largest budget the law is {self.next_budget.verdict}"
+            return ("do not trust the intervals beyond the data: fitted without its largest budget the law is "
+                    f"{self.next_budget.verdict}")
         return f"no bias seen at the largest budget when it is left out: {self.next_budget.verdict}"
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maxlm.scaling.fit import Fitted, budgets
+from maxlm.scaling.budgets import budgets
+from maxlm.scaling.fit import Fitted
 from maxlm.scaling.runs import Runs
 from maxlm.scaling.uncertainty import Bootstrap, Interval, robust_sd
 
@@ -14,6 +15,7 @@ ILL_CONDITIONED = 1e4
 AT_ZERO = 1e-2  # irreducible loss, over the smallest loss, below which it is not seen
 STEEP = 3.0  # an exponent above this is a step, not a power law
 WIDE = 10.0  # ratio of an interval's ends beyond which a positive parameter has no useful value
+COEFFICIENTS = ("A", "B", "N_c", "D_c", "N_1")  # their size is a matter of units: they need not be narrow
 FEW_CLUSTERS = 12
 PATTERN = 4.0  # standard errors of a budget's mean residual
 
@@ -68,7 +70,7 @@ def _bounds(fitted: Fitted) -> list[str]:
 
 
 def _unidentified(fitted: Fitted, ends: dict[str, Interval], flattest: dict[str, float]) -> list[str]:
-    lost = [name for name in ends if name not in ("A", "B", "N_c", "D_c")
+    lost = [name for name in ends if name not in COEFFICIENTS
             and not (ends[name][0] > 0 and ends[name][1] < WIDE * ends[name][0])]
     if not lost:
         return []

@@ -16,14 +16,11 @@ import numpy as np
 
 from maxlm.scaling.laws import Law, Natural
 from maxlm.scaling.runs import FLOPS_PER_PARAM_TOKEN, Runs
-from maxlm.scaling.solver import float64_on_cpu, solve
+from maxlm.scaling.solver import DELTA, float64_on_cpu, solve
 from maxlm.schema import ConfigError, require
 
 SCREENED, REFINED = 8, 64  # of the start grid: every start is tried for its objective, the best are run to the end
 SAME_OPTIMUM = 1e-6
-BUDGET_GAP = 1.25  # budgets closer than this factor are one budget
-BUDGET_WIDTH = 2.0  # a budget wider than this factor is a spread of runs
-GROUPS, GROUP_SIZE = 8, 5  # then: at most so many groups, of at least so many runs
 MIN_SPREAD = 1.5  # largest over smallest value of an input below which its exponent cannot be seen
 FAR = 60.0  # the widest allocation looked at, in units of log(params), on each side of the data
 
@@ -101,6 +98,11 @@ def fit_unchecked(law: Law, runs: Runs, weights: np.ndarray | None = None) -> Fi
     centre["loss"] = float(np.log(runs.columns["loss"].min()))
     empty = Fitted(law, np.zeros(law.num_parameters), centre, np.inf, 0, 0)
     x, y = empty.inputs(runs.columns), empty.target(runs.columns["loss"])
+    if law.estimate:
+        theta = law.estimate(x, y, np.ones((1, y.size)) if weights is None else weights[None])[0]
+        size = np.abs(_predict(law, theta[None], x)[0] - y)
+        losses = np.where(size <= DELTA, size**2 / 2, DELTA * (size - DELTA / 2))
+        return Fitted(law, theta, centre, float(losses.sum()), 0, 0)
     starts = law.starts(max(float(np.exp(np.median(y))), 1.01))
     distance = (np.abs(_predict(law, starts, x) - y) * (1 if weights is None else weights)).sum(-1)
     order = np.argsort(np.where(np.isfinite(distance), distance, np.inf), kind="stable")
@@ -114,8 +116,10 @@ def fit_unchecked(law: Law, runs: Runs, weights: np.ndarray | None = None) -> Fi
 
 def refit(fitted: Fitted, runs: Runs, weights: np.ndarray) -> np.ndarray:
     """theta [replicates, p] at the optimum for each row of `weights` [replicates, n], started from the fit itself."""
-    starts = np.broadcast_to(fitted.theta, (len(weights), fitted.theta.size))
     x, y = fitted.inputs(runs.columns), fitted.target(runs.columns["loss"])
+    if fitted.law.estimate:
+        return fitted.law.estimate(x, y, weights)
+    starts = np.broadcast_to(fitted.theta, (len(weights), fitted.theta.size))
     return solve(fitted.law.predict, x, y, starts, weights).theta
 
 
@@ -125,21 +129,6 @@ def flops_per_param_token(runs: Runs) -> float:
     if columns.keys() >= {"flops", "params", "tokens"}:
         return float(np.median(columns["flops"] / (columns["params"] * columns["tokens"])))
     return float(FLOPS_PER_PARAM_TOKEN)
-
-
-def budgets(flops: np.ndarray) -> np.ndarray:
-    """Which budget [n] each run belongs to, from 0 for the smallest.
-
-    A gap of more than BUDGET_GAP starts the next. Runs that spread without gaps are divided into equal numbers instead.
-    """
-    order = np.argsort(flops, kind="stable")
-    steps = np.concatenate([[0], np.cumsum(np.diff(np.log(flops[order])) > np.log(BUDGET_GAP))])
-    widest = max(np.ptp(np.log(flops[order][steps == k])) for k in range(steps[-1] + 1))
-    if widest > np.log(BUDGET_WIDTH):
-        steps = np.arange(len(flops)) * min(GROUPS, max(len(flops) // GROUP_SIZE, 1)) // len(flops)
-    ranks = np.empty(len(flops), int)
-    ranks[order] = steps
-    return ranks
 
 
 def check_design(law: Law, runs: Runs) -> None:
@@ -153,6 +142,8 @@ def check_design(law: Law, runs: Runs) -> None:
         require(spread >= MIN_SPREAD and np.unique(values).size >= 3,
                 f"{law.name} needs runs of different {name}: these have {np.unique(values).size} value(s) over a "
                 f"factor of {spread:.3g}; add runs with at least 3 values over a factor of {MIN_SPREAD}")
+    if law.check:
+        law.check(runs.columns)
     if law.has_frontier:
         spread = float(runs.columns["flops"].max() / runs.columns["flops"].min())
         require(spread >= 2, f"{law.name} needs runs of more than one budget: the FLOPs of these span a factor of "

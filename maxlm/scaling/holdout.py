@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maxlm.scaling.fit import Fitted, budgets, check_design, fit_unchecked, refit
+from maxlm.scaling.budgets import budgets
+from maxlm.scaling.fit import Fitted, check_design, fit_unchecked, refit
 from maxlm.scaling.laws import Law
 from maxlm.scaling.runs import Runs
 from maxlm.scaling.uncertainty import percentile, stated_weights

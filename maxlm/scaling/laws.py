@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxlm.scaling import isoflop
 from maxlm.schema import ConfigError
 
 Natural = dict[str, np.ndarray]
@@ -41,6 +42,10 @@ class Law:
     natural: Callable[[np.ndarray, Centre], Natural]
     starts: Callable[[float], np.ndarray]
     coordinates: Mapping[str, int]  # names of `natural` that are a function of one theta alone, and which
+    # Where the published procedure is not the Huber fit: theta [replicates, p] from columns, target and weights
+    # [replicates, n]; and what it asks of the columns, as a ConfigError.
+    estimate: Callable[[Mapping[str, np.ndarray], np.ndarray, np.ndarray], np.ndarray] | None = None
+    check: Callable[[Mapping[str, np.ndarray]], None] | None = None
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -158,12 +163,16 @@ _LAWS = (
     Law("kaplan", "Kaplan", "L = [(N_c / N)^(alpha_N / alpha_D) + D_c / D]^alpha_D",
         "Kaplan et al. 2020 (arXiv:2001.08361), equation 1.5", ("params", "tokens"), 4, ("alpha_N", "alpha_D"),
         _kaplan, _kaplan_natural, _kaplan_starts, {"alpha_D": 3}),
+    Law("isoflop", "isoFLOP minima (Chinchilla, approach 2)",
+        "N* = N_1 (N D)^a, L* = E + A / (N D)^gamma, log L = log L* + h(C) (log N - log N*)^2",
+        "Hoffmann et al. 2022 (arXiv:2203.15556), section 3.2", ("params", "tokens"), 7, ("a", "gamma"),
+        isoflop.predict, isoflop.natural, _power_starts, {}, isoflop.estimate, isoflop.check),
     _power_law("compute", "flops", "C"),
     _power_law("params", "params", "N"),
     _power_law("tokens", "tokens", "D"),
 )
 LAWS = {law.name: law for law in _LAWS}
-ALIASES = {"approach3": "chinchilla", "gadre": "overtraining"}
+ALIASES = {"approach2": "isoflop", "approach3": "chinchilla", "gadre": "overtraining"}
 
 
 def find_law(name: str) -> Law:

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from maxlm.scaling.analysis import Analysis
-from maxlm.scaling.fit import budgets
+from maxlm.scaling.budgets import budgets
 
 CURVE_POINTS = 200
 BAND_REPLICATES = 400

@@ -34,7 +34,7 @@ def runs_of(name, path):
 
 
 def test_every_law_has_a_case():
-    assert CASES.keys() == LAWS.keys()
+    assert CASES.keys() | {"isoflop"} == LAWS.keys()  # test_isoflop.py has that one
 
 
 @pytest.mark.parametrize("name", CASES)
