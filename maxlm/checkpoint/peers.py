@@ -8,7 +8,9 @@ the pieces of all of them together cover all arrays, on this mesh or another.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -78,17 +80,19 @@ class LocalSteps:
 
     def _read(self, copies: list[Copy], pieces: Iterable[Piece], data: dict[Piece, np.ndarray]) -> list[Piece]:
         """Reads `pieces` into `data`; returns those that no copy holds unharmed, whose copies are set aside."""
-        bad = []
-        for piece in sorted(pieces):
-            for copy in [copy for copy in copies if piece in copy.pieces]:
-                found = copy.read(piece)
-                if found is not None:
-                    data[piece] = found
-                    break
-                copies.remove(copy)
-                self.notes.append(_set_aside(copy.path, f"{piece[0]} differs from its checksum"))
-            else:
-                bad.append(piece)
+        wanted, bad = sorted(pieces), []
+        while wanted:
+            holder = {piece: next((copy for copy in copies if piece in copy.pieces), None) for piece in wanted}
+            bad += [piece for piece in wanted if holder[piece] is None]
+            reads = [piece for piece in wanted if holder[piece] is not None]
+            with ThreadPoolExecutor(min(len(reads), os.cpu_count() or 1, 16) or 1) as pool:
+                found = pool.map(lambda piece, holder=holder: holder[piece].read(piece), reads)
+                data |= {piece: part for piece, part in zip(reads, found, strict=True) if part is not None}
+            wanted = [piece for piece in reads if piece not in data]
+            for piece in wanted:  # another copy may have it unharmed
+                if holder[piece] in copies:
+                    copies.remove(holder[piece])
+                    self.notes.append(_set_aside(holder[piece].path, f"{piece[0]} differs from its checksum"))
         return bad
 
 
