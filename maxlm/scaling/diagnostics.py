@@ -15,7 +15,7 @@ ILL_CONDITIONED = 1e4
 AT_ZERO = 1e-2  # irreducible loss, over the smallest loss, below which it is not seen
 STEEP = 3.0  # an exponent above this is a step, not a power law
 WIDE = 10.0  # ratio of an interval's ends beyond which a positive parameter has no useful value
-COEFFICIENTS = ("A", "B", "N_c", "D_c", "N_1")  # their size is a matter of units: they need not be narrow
+COEFFICIENTS = ("A", "B", "N_c", "D_c", "N_1", "g")  # their size is a matter of units: they need not be narrow
 FEW_CLUSTERS = 12
 PATTERN = 4.0  # standard errors of a budget's mean residual
 

@@ -16,11 +16,12 @@ import numpy as np
 
 from maxlm.scaling.laws import Law, Natural
 from maxlm.scaling.runs import FLOPS_PER_PARAM_TOKEN, Runs
-from maxlm.scaling.solver import DELTA, float64_on_cpu, solve
+from maxlm.scaling.solver import DELTA, Solutions, float64_on_cpu, solve
 from maxlm.schema import ConfigError, require
 
 SCREENED, REFINED = 8, 64  # of the start grid: every start is tried for its objective, the best are run to the end
 SAME_OPTIMUM = 1e-6
+QUADRATIC = 1e9  # a delta that no residual reaches: least squares
 MIN_SPREAD = 1.5  # largest over smallest value of an input below which its exponent cannot be seen
 FAR = 60.0  # the widest allocation looked at, in units of log(params), on each side of the data
 
@@ -95,6 +96,7 @@ def point_fit(law: Law, runs: Runs) -> Fitted:
 def fit_unchecked(law: Law, runs: Runs, weights: np.ndarray | None = None) -> Fitted:
     """The best fit whatever it says; `weights` [n] count the rows (0 leaves one out by the same program)."""
     centre = {name: float(np.mean(np.log(runs.columns[name]))) for name in law.inputs}
+    centre.update({name: centre[other] for name, other in law.same_unit.items()})
     centre["loss"] = float(np.log(runs.columns["loss"].min()))
     empty = Fitted(law, np.zeros(law.num_parameters), centre, np.inf, 0, 0)
     x, y = empty.inputs(runs.columns), empty.target(runs.columns["loss"])
@@ -107,11 +109,12 @@ def fit_unchecked(law: Law, runs: Runs, weights: np.ndarray | None = None) -> Fi
     distance = (np.abs(_predict(law, starts, x) - y) * (1 if weights is None else weights)).sum(-1)
     order = np.argsort(np.where(np.isfinite(distance), distance, np.inf), kind="stable")
     chosen = starts[np.union1d(order[: REFINED * 2], order[::SCREENED])]
-    found = solve(law.predict, x, y, chosen, weights)
+    found = _solve(law, x, y, chosen, weights)
     best = int(np.argmin(found.objective))
     objective = float(found.objective[best])
     same = int((found.objective <= objective * (1 + SAME_OPTIMUM)).sum())
-    return Fitted(law, found.theta[best], centre, objective, len(chosen), same)
+    unit = np.exp(2 * centre["loss"]) if law.least_squares else 1.0  # squares of the loss, or of its logarithm
+    return Fitted(law, found.theta[best], centre, float(objective * unit), len(chosen), same)
 
 
 def refit(fitted: Fitted, runs: Runs, weights: np.ndarray) -> np.ndarray:
@@ -120,7 +123,19 @@ def refit(fitted: Fitted, runs: Runs, weights: np.ndarray) -> np.ndarray:
     if fitted.law.estimate:
         return fitted.law.estimate(x, y, weights)
     starts = np.broadcast_to(fitted.theta, (len(weights), fitted.theta.size))
-    return solve(fitted.law.predict, x, y, starts, weights).theta
+    return _solve(fitted.law, x, y, starts, weights).theta
+
+
+def _solve(law: Law, x, y: np.ndarray, starts: np.ndarray, weights: np.ndarray | None) -> Solutions:
+    if law.least_squares:
+        return solve(_loss_itself(law), x, np.exp(y), starts, weights, delta=QUADRATIC)
+    return solve(law.predict, x, y, starts, weights)
+
+
+@functools.cache
+def _loss_itself(law):
+    """One function object a law, which is what programs are compiled for."""
+    return lambda theta, x: jnp.exp(law.predict(theta, x))
 
 
 def flops_per_param_token(runs: Runs) -> float:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from maxlm.scaling import isoflop
-from maxlm.schema import ConfigError
+from maxlm.scaling.solver import DELTA
+from maxlm.schema import ConfigError, require
 
 Natural = dict[str, np.ndarray]
 Centre = Mapping[str, float]  # column -> mean of its logarithm; 'loss' -> logarithm of the smallest loss
@@ -46,6 +47,17 @@ class Law:
     # [replicates, n]; and what it asks of the columns, as a ConfigError.
     estimate: Callable[[Mapping[str, np.ndarray], np.ndarray, np.ndarray], np.ndarray] | None = None
     check: Callable[[Mapping[str, np.ndarray]], None] | None = None
+    least_squares: bool = False  # of the loss itself, where that is what is published
+    same_unit: Mapping[str, str] = field(default_factory=dict)  # inputs that are centred with another input
+
+    @property
+    def method(self) -> str:
+        """What the parameters minimise."""
+        if self.estimate:
+            return "two stages: a parabola for each budget by least squares, then power laws through the minima"
+        if self.least_squares:
+            return "the sum of squared residuals of the loss"
+        return f"the sum of Huber losses (delta {DELTA:g}) of residuals of the log loss"
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -124,6 +136,62 @@ def _kaplan_starts(excess):
     ])
 
 
+def _data_constrained(theta, x):
+    """`unique_tokens` is centred as `tokens` are. U_N, the parameters for which the unique tokens are compute-optimal,
+    follows from the rest of theta; below it parameters count in full."""
+    e, a, b, alpha, tokens_halt, params_halt = theta
+    unique = jnp.minimum(x["unique_tokens"], x["tokens"])
+    optimal = jnp.minimum((a - b) / alpha + unique, x["params"])
+    tokens = unique + _discount(x["tokens"] - unique, tokens_halt)
+    params = optimal + _discount(x["params"] - optimal, params_halt)
+    return _chinchilla((e, a, b, alpha, alpha), {"params": params, "tokens": tokens})
+
+
+def _discount(log_ratio, log_halt):
+    """log(1 + R* (1 - exp(-R / R*))) with R = exp(log_ratio) - 1 repetitions, R* = exp(log_halt)."""
+    return jnp.log1p(-jnp.exp(log_halt) * jnp.expm1(-jnp.expm1(log_ratio) * jnp.exp(-log_halt)))
+
+
+def _data_constrained_natural(theta, centre):
+    theta = np.asarray(theta)
+    return {**_tied_natural(theta[..., :4], centre), "R_D": np.exp(theta[..., 4]), "R_N": np.exp(theta[..., 5])}
+
+
+def _data_constrained_starts(excess):
+    halts = np.log([(3.0, 3.0), (15.0, 5.0), (60.0, 60.0)])
+    tied = _tied_starts(excess)
+    return np.concatenate([np.column_stack([tied, np.broadcast_to(halt, (len(tied), 2))]) for halt in halts])
+
+
+def _check_repetition(columns):
+    """Raises ConfigError where no run repeats data, or one has more unique tokens than tokens."""
+    ratio = columns["tokens"] / columns["unique_tokens"]
+    require(bool(ratio.min() > 1 - 1e-6), "unique_tokens is above tokens in some runs: it counts one epoch")
+    require(bool(ratio.max() > 1.5), "no run repeats its data (tokens / unique_tokens is at most "
+                                     f"{ratio.max():.3g}): fit --law chinchilla instead, or add runs of several epochs")
+
+
+def _granular(theta, x):
+    e, g, a, b, gamma, alpha, beta = theta
+    coefficient = jnp.logaddexp(g - gamma * x["granularity"], a)
+    return jnp.logaddexp(jnp.logaddexp(e, coefficient - alpha * x["params"]), b - beta * x["tokens"])
+
+
+def _granular_natural(theta, centre):
+    e, g, a, b, gamma, alpha, beta = np.moveaxis(np.asarray(theta), -1, 0)
+    scale = centre["loss"]
+    return {"E": np.exp(e + scale), "A": np.exp(a + scale + alpha * centre["params"]),
+            "g": np.exp(g + scale + alpha * centre["params"] + gamma * centre["granularity"]),
+            "B": np.exp(b + scale + beta * centre["tokens"]), "alpha": alpha, "beta": beta, "gamma": gamma}
+
+
+def _granular_starts(excess):
+    grid = _chinchilla_starts(excess)[::3]
+    return np.concatenate([np.column_stack([
+        grid[:, 0], grid[:, 1] + np.log(share), grid[:, 1] + np.log(1 - share), grid[:, 2],
+        np.full(len(grid), gamma), grid[:, 3], grid[:, 4]]) for share in (0.2, 0.6) for gamma in (0.3, 0.8)])
+
+
 def _power(theta, x, column):
     e, a, gamma = theta
     return jnp.logaddexp(e, a - gamma * x[column])
@@ -159,7 +227,7 @@ _LAWS = (
         {"E": 0, "alpha": 3}),
     Law("overtraining", "over-training", "L = E + (a M^eta + b M^-eta) C^-eta, C = 6 N D, M = D / N",
         "Gadre et al. 2024 (arXiv:2403.08540), equation 4", ("params", "tokens"), 4, ("eta",), _tied,
-        _overtraining_natural, _tied_starts, {"E": 0, "eta": 3}),
+        _overtraining_natural, _tied_starts, {}, least_squares=True),
     Law("kaplan", "Kaplan", "L = [(N_c / N)^(alpha_N / alpha_D) + D_c / D]^alpha_D",
         "Kaplan et al. 2020 (arXiv:2001.08361), equation 1.5", ("params", "tokens"), 4, ("alpha_N", "alpha_D"),
         _kaplan, _kaplan_natural, _kaplan_starts, {"alpha_D": 3}),
@@ -167,6 +235,15 @@ _LAWS = (
         "N* = N_1 (N D)^a, L* = E + A / (N D)^gamma, log L = log L* + h(C) (log N - log N*)^2",
         "Hoffmann et al. 2022 (arXiv:2203.15556), section 3.2", ("params", "tokens"), 7, ("a", "gamma"),
         isoflop.predict, isoflop.natural, _power_starts, {}, isoflop.estimate, isoflop.check),
+    Law("data-constrained", "data-constrained (repeated tokens)",
+        "L = E + A / N'^alpha + B / D'^alpha, D' = U (1 + R_D (1 - exp(-(D / U - 1) / R_D))), N' likewise with R_N",
+        "Muennighoff et al. 2023 (arXiv:2305.16264), section 3.1", ("params", "tokens", "unique_tokens"), 6, ("alpha",),
+        _data_constrained, _data_constrained_natural, _data_constrained_starts,
+        {"E": 0, "alpha": 3, "R_D": 4, "R_N": 5}, check=_check_repetition, same_unit={"unique_tokens": "tokens"}),
+    Law("moe-granularity", "mixture of experts with granularity",
+        "L = E + (g / G^gamma + A) / N^alpha + B / D^beta",
+        "Krajewski et al. 2024 (arXiv:2402.07871)", ("params", "tokens", "granularity"), 7, ("alpha", "beta", "gamma"),
+        _granular, _granular_natural, _granular_starts, {"E": 0, "gamma": 4, "alpha": 5, "beta": 6}),
     _power_law("compute", "flops", "C"),
     _power_law("params", "params", "N"),
     _power_law("tokens", "tokens", "D"),

@@ -13,7 +13,6 @@ from maxlm import __version__
 from maxlm.scaling.analysis import Analysis
 from maxlm.scaling.holdout import Assessment
 from maxlm.scaling.plot import draw
-from maxlm.scaling.solver import DELTA
 
 FRONTIER = ("params", "tokens", "tokens_per_param", "loss")
 
@@ -56,7 +55,7 @@ def record(analysis: Analysis) -> dict[str, object]:
                         "flattest_direction": details.flattest,
                         "by_budget": [{"flops": c, "n": n, "mean_residual": mean}
                                       for c, n, mean in details.budget_residuals]},
-        "huber_delta": DELTA, "starts": fitted.num_starts, "starts_at_optimum": fitted.starts_at_optimum,
+        "minimises": fitted.law.method, "starts": fitted.num_starts, "starts_at_optimum": fitted.starts_at_optimum,
         "seconds": analysis.seconds,
     }
 
@@ -88,8 +87,8 @@ def markdown(analysis: Analysis) -> str:
     parts = [
         f"# {fitted.law.title}: {runs.source}", "",
         f"    {fitted.law.equation}", "",
-        f"{fitted.law.source}. Fitted to {len(runs)} rows of {int(runs.cluster.max()) + 1} independent runs by the sum "
-        f"of Huber losses (delta {DELTA:g}) of log-loss residuals; objective {fitted.objective:.9g}, reached from "
+        f"{fitted.law.source}. Fitted to {len(runs)} rows of {int(runs.cluster.max()) + 1} independent runs, "
+        f"minimising {fitted.law.method}; objective {fitted.objective:.9g}, reached from "
         f"{fitted.starts_at_optimum} of {fitted.num_starts} starts.", "",
         f"**Verdict: {analysis.verdict}.**", "",
         *(f"- Warning: {line}." for line in details.warnings), *(f"- Note: {line}." for line in runs.notes), "",

@@ -72,7 +72,8 @@ def percentile(values: np.ndarray, level: float) -> Interval:
     """The central interval that holds `level` of `values`, NaN ignored."""
     tail = 100 * (1 - level) / 2
     low, high = np.nanpercentile(np.clip(values, -HUGE, HUGE), [tail, 100 - tail])
-    return float(low), float(high)
+    ends = [math.copysign(math.inf, end) if abs(end) >= HUGE else float(end) for end in (low, high)]
+    return ends[0], ends[1]
 
 
 def bca(values: np.ndarray, estimate: float, jackknife: np.ndarray, level: float) -> Interval:

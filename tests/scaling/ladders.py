@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "chinchilla_epoch.csv"
+GADRE = GOLDEN.with_name("gadre_overtraining.csv")
 TRUTH = {"E": 1.7, "A": 500.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
 
 

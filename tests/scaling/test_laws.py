@@ -9,6 +9,24 @@ from maxlm.scaling.runs import read_runs
 from maxlm.schema import ConfigError
 from tests.scaling.ladders import chinchilla_loss, ladder, simulated, write_csv
 
+
+def unique_tokens(tokens):
+    """Every third run sees its data once, the others 4 and 40 times."""
+    return tokens / np.array([1, 4, 40])[np.arange(tokens.size) % 3]
+
+
+def granularity(tokens):
+    return np.array([1.0, 2, 4, 8, 16])[np.arange(tokens.size) * 3 % 5]
+
+
+def data_constrained_loss(n, d, u, E, A, B, alpha, R_D, R_N):
+    """Muennighoff et al. 2023, section 3.1, in its own words; U_N is where A / U_N^alpha = B / u^alpha."""
+    u_n = np.minimum((A / B) ** (1 / alpha) * u, n)
+    d_effective = u + u * R_D * (1 - np.exp(-(d / u - 1) / R_D))
+    n_effective = u_n + u_n * R_N * (1 - np.exp(-(n / u_n - 1) / R_N))
+    return E + A / n_effective**alpha + B / d_effective**alpha
+
+
 CASES = {
     "chinchilla": (lambda n, d, c, E, A, B, alpha, beta: E + A / n**alpha + B / d**beta,
                    {"E": 1.7, "A": 500.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}),
@@ -18,6 +36,11 @@ CASES = {
                      {"E": 1.5, "a": 140.0, "b": 190.0, "eta": 0.12}),
     "kaplan": (lambda n, d, c, alpha_N, alpha_D, N_c, D_c: ((N_c / n) ** (alpha_N / alpha_D) + D_c / d) ** alpha_D,
                {"alpha_N": 0.076, "alpha_D": 0.095, "N_c": 8.8e13, "D_c": 5.4e13}),
+    "data-constrained": (lambda n, d, c, **p: data_constrained_loss(n, d, unique_tokens(d), **p),
+                         {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.353, "R_D": 15.4, "R_N": 5.3}),
+    "moe-granularity": (lambda n, d, c, E, A, g, B, alpha, beta, gamma:
+                        E + (g / granularity(d) ** gamma + A) / n**alpha + B / d**beta,
+                        {"E": 0.5, "A": 18.0, "g": 2.1, "B": 31.0, "alpha": 0.115, "beta": 0.147, "gamma": 0.58}),
     "compute": (lambda n, d, c, E, A, gamma: E + A / c**gamma, {"E": 1.7, "A": 1600.0, "gamma": 0.16}),
     "params": (lambda n, d, c, E, A, gamma: E + A / n**gamma, {"E": 1.7, "A": 400.0, "gamma": 0.34}),
     "tokens": (lambda n, d, c, E, A, gamma: E + A / d**gamma, {"E": 1.7, "A": 410.0, "gamma": 0.28}),
@@ -26,10 +49,11 @@ CASES = {
 
 def runs_of(name, path):
     make, truth = CASES[name]
-    params, tokens = ladder()
+    params, tokens = ladder(*(9, 9) if name in ("data-constrained", "moe-granularity") else ())
     flops = 6 * params * tokens * np.where(name == "compute", np.geomspace(1, 1.01, params.size), 1)
     loss = make(params, tokens, flops, **truth)
-    write_csv(path, params=params.tolist(), tokens=tokens.tolist(), flops=flops.tolist(), loss=loss.tolist())
+    write_csv(path, params=params.tolist(), tokens=tokens.tolist(), flops=flops.tolist(), loss=loss.tolist(),
+              unique_tokens=unique_tokens(tokens).tolist(), granularity=granularity(tokens).tolist())
     return read_runs(path, LAWS[name].needed), truth
 
 
@@ -87,6 +111,16 @@ def test_a_loss_that_rises_with_scale_is_refused(tmp_path):
     law = find_law("chinchilla")
     with pytest.raises(ConfigError, match="would not fall"):
         point_fit(law, read_runs(path, law.needed))
+
+
+def test_the_data_constrained_law_needs_repetition(tmp_path):
+    params, tokens = ladder()
+    law = find_law("data-constrained")
+    for unique, words in ((tokens, "no run repeats"), (2 * tokens, "above tokens")):
+        path = write_csv(tmp_path / "runs.csv", params=params.tolist(), tokens=tokens.tolist(),
+                         unique_tokens=unique.tolist(), loss=chinchilla_loss(params, tokens).tolist())
+        with pytest.raises(ConfigError, match=words):
+            point_fit(law, read_runs(path, law.needed))
 
 
 def test_an_unknown_law_names_those_there_are():

@@ -9,7 +9,7 @@ from maxlm.scaling.fit import flops_per_param_token, point_fit
 from maxlm.scaling.laws import find_law
 from maxlm.scaling.runs import read_runs
 from maxlm.scaling.uncertainty import bootstrap, intervals
-from tests.scaling.ladders import GOLDEN
+from tests.scaling.ladders import GADRE, GOLDEN
 
 LAW = find_law("chinchilla")
 OBJECTIVE = 0.001018274018
@@ -62,6 +62,25 @@ def test_the_bootstrap(published):
     published_ends = {"E": (1.770, 1.870), "alpha": (0.317, 0.372), "beta": (0.332, 0.415), "a": (0.4805, 0.5571)}
     for name, ends in published_ends.items():
         assert np.allclose(table[name]["interval"], ends, atol=0.004, rtol=0), (name, table[name]["interval"])
+
+
+@pytest.mark.parametrize(("family", "tokens_ratio", "errors"), [
+    ("rpj", 640, {"open_lm_1b": 0.00710, "open_lm_7b": 0.00732}),
+    ("c4_original", 20, {"open_lm_7b": -0.04295}),
+    ("rw_original", 20, {"open_lm_7b": -0.01619}),
+])
+def test_over_training_predicts_as_published(family, tokens_ratio, errors):
+    """Gadre et al. 2024: fitted to five small runs (four sizes at M = 20, the smallest at M = 320 too)."""
+    law = find_law("overtraining")
+    runs = read_runs(GADRE, law.needed, {"loss": "loss_c4_val"}, f"train_set=={family}")
+    large = np.char.startswith(runs.cells["model"], "open_lm")
+    ratio = (runs.columns["tokens"] / runs.columns["params"]).round()
+    smallest = runs.columns["params"] < 2e7
+    fitted = point_fit(law, runs.take(~large & ((ratio == 20) | smallest & (ratio == 320))))
+    for model, wanted in errors.items():
+        at = np.flatnonzero((runs.cells["model"] == model) & (ratio == (20 if model == "open_lm_7b" else tokens_ratio)))
+        error = np.exp(fitted.log_loss(runs.columns)[at[0]]) / runs.columns["loss"][at[0]] - 1
+        assert abs(error - wanted) < 2e-5, (model, error)
 
 
 def rewritten(path, change, keep=lambda i: True):
