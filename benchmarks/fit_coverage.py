@@ -25,7 +25,7 @@ import numpy as np
 from maxlm.scaling.fit import Fitted, fit_unchecked, refit
 from maxlm.scaling.laws import find_law
 from maxlm.scaling.runs import Runs
-from maxlm.scaling.uncertainty import exponential_weights, percentile, resampled_weights
+from maxlm.scaling.uncertainty import gamma_weights, percentile, resampled_weights
 
 LEVEL = 0.95
 LAW = find_law("chinchilla")
@@ -79,7 +79,7 @@ def true_values(truth: dict[str, float], flops: float) -> dict[str, float]:
 def cover(truth, noise, rows: int, trials: int, replicates: int, seed: int) -> dict[str, dict[str, float]]:
     """{how replicates are weighted: {quantity: share of trials covered}}."""
     random = np.random.default_rng(seed)
-    methods = {"resampled": resampled_weights, "exponential": exponential_weights}
+    methods = {"resampled": resampled_weights, "gamma": gamma_weights}
     hits: dict[str, dict[str, list[bool]]] = {}
     for _ in range(trials):
         runs = simulate(truth, noise, rows, random)
@@ -99,18 +99,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=list(LADDERS), choices=list(LADDERS))
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--replicates", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     cells = []
     for rows, (law, truth), (noise, draw) in itertools.product(arguments.rows, TRUTHS.items(), NOISES.items()):
         start = time.process_time()
-        coverage = cover(truth, draw, rows, arguments.trials, arguments.replicates, seed=len(cells))
+        coverage = cover(truth, draw, rows, arguments.trials, arguments.replicates, seed=arguments.seed + len(cells))
         cells.append({"rows": rows, "law": law, "noise": noise, "trials": arguments.trials, "coverage": coverage,
                       "cpu_seconds": time.process_time() - start})
         print(rows, law, noise, *(f"{m}: " + " ".join(f"{n} {v:.3f}" for n, v in t.items())
                                   for m, t in coverage.items()), flush=True)
     if arguments.json:
         record = {"benchmark": "fit_coverage", "level": LEVEL, "replicates": arguments.replicates,
+                  "seed": arguments.seed,
                   "versions": {"jax": jax.__version__, "numpy": np.__version__}, "cells": cells}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 

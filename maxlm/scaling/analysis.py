@@ -84,7 +84,7 @@ def analyse(law: Law, runs: Runs, *, replicates: int = 4000, level: float = 0.95
         frontier=_frontier(fitted, found, flops, per, level), found=found,
         diagnostics=diagnose(fitted, kept, found, ends),
         next_budget=leave_top_budget_out(law, kept, level, seed), holdout=assessed, condition=holdout,
-        seed_noise=seed_noise(kept, law.inputs),
+        seed_noise=seed_noise(kept, law),
         seconds={"point_fit": clock[1] - clock[0], "bootstrap": clock[2] - clock[1]},
     )
 

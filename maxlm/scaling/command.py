@@ -28,10 +28,13 @@ def fit(arguments: argparse.Namespace) -> None:
     from maxlm.scaling.analysis import analyse
     from maxlm.scaling.laws import find_law
     from maxlm.scaling.report import summary, write
-    from maxlm.scaling.runs import parse_columns, read_runs
+    from maxlm.scaling.runs import lowest, parse_columns, read_runs
 
     law = find_law(arguments.law)
-    runs = read_runs(arguments.runs, law.needed, parse_columns(arguments.columns), arguments.where)
+    optional = (law.lowest,) if law.lowest else ()
+    runs = read_runs(arguments.runs, law.needed, parse_columns(arguments.columns), arguments.where, optional)
+    if law.lowest:
+        runs = lowest(runs, law.inputs, law.lowest)
     analysis = analyse(law, runs, replicates=arguments.bootstrap, level=arguments.level, seed=arguments.seed,
                        holdout=arguments.holdout, at_flops=arguments.at_flops)
     write(analysis, arguments.out)

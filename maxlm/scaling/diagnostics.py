@@ -8,6 +8,7 @@ import numpy as np
 
 from maxlm.scaling.budgets import budgets
 from maxlm.scaling.fit import Fitted
+from maxlm.scaling.laws import TARGET
 from maxlm.scaling.runs import Runs
 from maxlm.scaling.uncertainty import Bootstrap, Interval, robust_sd
 
@@ -61,7 +62,7 @@ def diagnose(fitted: Fitted, runs: Runs, found: Bootstrap, ends: dict[str, Inter
 def _bounds(fitted: Fitted) -> list[str]:
     natural = fitted.natural()
     warnings = []
-    if "E" in natural and natural["E"] < AT_ZERO * np.exp(fitted.centre["loss"]):
+    if "E" in natural and natural["E"] < AT_ZERO * np.exp(fitted.centre[TARGET]):
         warnings.append("E is at its bound 0: these runs do not show an irreducible loss")
     for name in fitted.law.exponents:
         if natural[name] > STEEP:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.scaling.laws import Law, Natural
+from maxlm.scaling.laws import TARGET, Law, Natural
 from maxlm.scaling.runs import FLOPS_PER_PARAM_TOKEN, Runs
 from maxlm.scaling.solver import DELTA, Solutions, float64_on_cpu, solve
 from maxlm.schema import ConfigError, require
@@ -46,17 +46,17 @@ class Fitted:
         return {name: np.log(columns[name]) - self.centre[name] for name in self.law.inputs}
 
     def target(self, loss: np.ndarray) -> np.ndarray:
-        return np.log(loss) - self.centre["loss"]
+        return np.log(loss) - self.centre[TARGET]
 
     def log_loss(self, columns: Mapping[str, np.ndarray], theta: np.ndarray | None = None) -> np.ndarray:
         """Logarithm of the predicted loss: [n], or [replicates, n] for `theta` [replicates, p]."""
         theta = self.theta if theta is None else theta
-        found = _predict(self.law, np.atleast_2d(theta), self.inputs(columns)) + self.centre["loss"]
+        found = _predict(self.law, np.atleast_2d(theta), self.inputs(columns)) + self.centre[TARGET]
         return found if np.ndim(theta) == 2 else found[0]
 
     def residuals(self, runs: Runs) -> np.ndarray:
         """Observed minus predicted log loss [n]: close to the relative error of the loss."""
-        return np.log(runs.columns["loss"]) - self.log_loss(runs.columns)
+        return np.log(runs.columns[self.law.target]) - self.log_loss(runs.columns)
 
     def jacobian(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """d log_loss / d theta, [n, p]."""
@@ -72,7 +72,7 @@ class Fitted:
         where, loss = _frontier(self.law, np.atleast_2d(theta), budgets)
         log_params = where + self.centre["params"]
         log_tokens = np.log(np.asarray(flops, float) / per_param_token) - log_params
-        found = {"params": np.exp(log_params), "tokens": np.exp(log_tokens), "loss": np.exp(loss + self.centre["loss"])}
+        found = {"params": np.exp(log_params), "tokens": np.exp(log_tokens), "loss": np.exp(loss + self.centre[TARGET])}
         found["tokens_per_param"] = found["tokens"] / found["params"]
         return found if np.ndim(theta) == 2 else {name: values[0] for name, values in found.items()}
 
@@ -97,9 +97,9 @@ def fit_unchecked(law: Law, runs: Runs, weights: np.ndarray | None = None) -> Fi
     """The best fit whatever it says; `weights` [n] count the rows (0 leaves one out by the same program)."""
     centre = {name: float(np.mean(np.log(runs.columns[name]))) for name in law.inputs}
     centre.update({name: centre[other] for name, other in law.same_unit.items()})
-    centre["loss"] = float(np.log(runs.columns["loss"].min()))
+    centre[TARGET] = float(np.log(runs.columns[law.target].min()))
     empty = Fitted(law, np.zeros(law.num_parameters), centre, np.inf, 0, 0)
-    x, y = empty.inputs(runs.columns), empty.target(runs.columns["loss"])
+    x, y = empty.inputs(runs.columns), empty.target(runs.columns[law.target])
     if law.estimate:
         theta = law.estimate(x, y, np.ones((1, y.size)) if weights is None else weights[None])[0]
         size = np.abs(_predict(law, theta[None], x)[0] - y)
@@ -113,13 +113,13 @@ def fit_unchecked(law: Law, runs: Runs, weights: np.ndarray | None = None) -> Fi
     best = int(np.argmin(found.objective))
     objective = float(found.objective[best])
     same = int((found.objective <= objective * (1 + SAME_OPTIMUM)).sum())
-    unit = np.exp(2 * centre["loss"]) if law.least_squares else 1.0  # squares of the loss, or of its logarithm
+    unit = np.exp(2 * centre[TARGET]) if law.least_squares else 1.0  # squares of the loss, or of its logarithm
     return Fitted(law, found.theta[best], centre, float(objective * unit), len(chosen), same)
 
 
 def refit(fitted: Fitted, runs: Runs, weights: np.ndarray) -> np.ndarray:
     """theta [replicates, p] at the optimum for each row of `weights` [replicates, n], started from the fit itself."""
-    x, y = fitted.inputs(runs.columns), fitted.target(runs.columns["loss"])
+    x, y = fitted.inputs(runs.columns), fitted.target(runs.columns[fitted.law.target])
     if fitted.law.estimate:
         return fitted.law.estimate(x, y, weights)
     starts = np.broadcast_to(fitted.theta, (len(weights), fitted.theta.size))

@@ -6,7 +6,6 @@ known will not do better on the next.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +50,7 @@ class Assessment:
     @property
     def verdict(self) -> str:
         way = "above" if self.bias > 0 else "below"
-        size = (f"predictions are {abs(self.bias):.2%} {way} the {self.n} observed losses on average "
+        size = (f"predictions are {abs(self.bias):.2%} {way} the {self.n} observed values on average "
                 f"({self.inside} inside their own prediction interval)")
         low, high = self.bias_interval
         if self.biased:
@@ -67,7 +66,7 @@ def assess(fitted: Fitted, theta: np.ndarray, residuals: np.ndarray, unseen: Run
     estimate = fitted.log_loss(unseen.columns)
     spread = fitted.log_loss(unseen.columns, theta) - estimate
     drawn = spread + random.choice(noise, size=spread.shape)
-    observed = np.log(unseen.columns["loss"])
+    observed = np.log(unseen.columns[fitted.law.target])
     ends = np.array([percentile(column, level) for column in drawn.T])
     return Assessment(
         n=len(unseen), relative_errors=np.expm1(estimate - observed), lines=unseen.lines, predicted=np.exp(estimate),
@@ -104,12 +103,12 @@ def leave_top_budget_out(law: Law, runs: Runs, level: float, seed: int) -> Asses
     return assess(fitted, theta, fitted.residuals(below), runs.take(top), level, random)
 
 
-def seed_noise(runs: Runs, inputs: Mapping[str, object]) -> tuple[float, int] | None:
+def seed_noise(runs: Runs, law: Law) -> tuple[float, int] | None:
     """Standard deviation of the log loss among runs that differ in nothing the law reads, and its degrees of freedom;
     None where no run was repeated."""
-    keys = np.stack([runs.columns[name] for name in inputs], axis=1)
+    keys = np.stack([runs.columns[name] for name in law.inputs], axis=1)
     _, group = np.unique(keys, axis=0, return_inverse=True)
-    logs = np.log(runs.columns["loss"])
+    logs = np.log(runs.columns[law.target])
     counts = np.bincount(group)
     freedom = int(np.sum(counts - 1))
     if not freedom:

@@ -35,7 +35,7 @@ def natural(theta, centre):
     """In terms of N D rather than C: N* = N_1 (N D)^a and L* = E + A / (N D)^gamma."""
     e, a, gamma, best, slope, _, _ = np.moveaxis(np.asarray(theta), -1, 0)
     middle = centre["params"] + centre["tokens"]
-    return {"E": np.exp(e + centre["loss"]), "A": np.exp(a + centre["loss"] + gamma * middle), "gamma": gamma,
+    return {"E": np.exp(e + centre["target"]), "A": np.exp(a + centre["target"] + gamma * middle), "gamma": gamma,
             "a": slope, "b": 1 - slope, "N_1": np.exp(best + centre["params"] - slope * middle)}
 
 

@@ -19,8 +19,9 @@ from maxlm.scaling import isoflop
 from maxlm.scaling.solver import DELTA
 from maxlm.schema import ConfigError, require
 
+TARGET = "target"
 Natural = dict[str, np.ndarray]
-Centre = Mapping[str, float]  # column -> mean of its logarithm; 'loss' -> logarithm of the smallest loss
+Centre = Mapping[str, float]  # column -> mean of its logarithm; TARGET -> that of the smallest target
 
 
 @dataclass(frozen=True, eq=False)  # one object a law: hashed by identity where it is compiled for
@@ -47,6 +48,8 @@ class Law:
     # [replicates, n]; and what it asks of the columns, as a ConfigError.
     estimate: Callable[[Mapping[str, np.ndarray], np.ndarray, np.ndarray], np.ndarray] | None = None
     check: Callable[[Mapping[str, np.ndarray]], None] | None = None
+    target: str = "loss"  # the column that is predicted
+    lowest: str = ""  # a column: of rows that share the inputs, a sweep, only the one where this is lowest counts
     least_squares: bool = False  # of the loss itself, where that is what is published
     same_unit: Mapping[str, str] = field(default_factory=dict)  # inputs that are centred with another input
 
@@ -56,17 +59,17 @@ class Law:
         if self.estimate:
             return "two stages: a parabola for each budget by least squares, then power laws through the minima"
         if self.least_squares:
-            return "the sum of squared residuals of the loss"
-        return f"the sum of Huber losses (delta {DELTA:g}) of residuals of the log loss"
+            return f"the sum of squared residuals of the {self.target}"
+        return f"the sum of Huber losses (delta {DELTA:g}) of residuals of the log {self.target}"
 
     @property
     def needed(self) -> tuple[str, ...]:
-        return (*self.inputs, "loss")
+        return (*self.inputs, self.target)
 
     @property
     def has_frontier(self) -> bool:
         """Whether a compute budget can be divided between parameters and tokens."""
-        return self.inputs == ("params", "tokens")
+        return self.inputs == ("params", "tokens") and self.target == "loss"
 
 
 OFFSETS = (0.2, 0.5, 0.7, 0.85, 0.95)  # irreducible loss over the smallest loss
@@ -81,7 +84,7 @@ def _chinchilla(theta, x):
 
 def _chinchilla_natural(theta, centre):
     e, a, b, alpha, beta = np.moveaxis(np.asarray(theta), -1, 0)
-    scale = centre["loss"]
+    scale = centre[TARGET]
     return {"E": np.exp(e + scale), "A": np.exp(a + scale + alpha * centre["params"]),
             "B": np.exp(b + scale + beta * centre["tokens"]), "alpha": alpha, "beta": beta,
             "a": beta / (alpha + beta)}
@@ -123,7 +126,7 @@ def _kaplan(theta, x):
 
 def _kaplan_natural(theta, centre):
     n, d, ratio, alpha_d = np.moveaxis(np.asarray(theta), -1, 0)
-    scale = centre["loss"] / alpha_d  # the loss's unit moves into both terms of the sum
+    scale = centre[TARGET] / alpha_d  # the loss's unit moves into both terms of the sum
     return {"alpha_N": ratio * alpha_d, "alpha_D": alpha_d, "N_c": np.exp((n + scale) / ratio + centre["params"]),
             "D_c": np.exp(d + scale + centre["tokens"]), "a": 1 / (1 + ratio)}
 
@@ -179,7 +182,7 @@ def _granular(theta, x):
 
 def _granular_natural(theta, centre):
     e, g, a, b, gamma, alpha, beta = np.moveaxis(np.asarray(theta), -1, 0)
-    scale = centre["loss"]
+    scale = centre[TARGET]
     return {"E": np.exp(e + scale), "A": np.exp(a + scale + alpha * centre["params"]),
             "g": np.exp(g + scale + alpha * centre["params"] + gamma * centre["granularity"]),
             "B": np.exp(b + scale + beta * centre["tokens"]), "alpha": alpha, "beta": beta, "gamma": gamma}
@@ -192,6 +195,45 @@ def _granular_starts(excess):
         np.full(len(grid), gamma), grid[:, 3], grid[:, 4]]) for share in (0.2, 0.6) for gamma in (0.3, 0.8)])
 
 
+def _best_rate(theta, x):
+    c, alpha, beta = theta
+    return c + alpha * x["params"] + beta * x["tokens"]
+
+
+def _best_rate_natural(theta, centre):
+    c, alpha, beta = np.moveaxis(np.asarray(theta), -1, 0)
+    return {"c": np.exp(c + centre[TARGET] - alpha * centre["params"] - beta * centre["tokens"]), "alpha": alpha,
+            "beta": beta}
+
+
+def _best_batch(theta, x):
+    c, beta = theta
+    return c + beta * x["tokens"]
+
+
+def _best_batch_natural(theta, centre):
+    c, beta = np.moveaxis(np.asarray(theta), -1, 0)
+    return {"c": np.exp(c + centre[TARGET] - beta * centre["tokens"]), "beta": beta}
+
+
+def _sigmoid(theta, x):
+    """log accuracy; `task_loss` enters as itself, over its geometric mean."""
+    floor, rise, steep, middle = theta
+    return jnp.logaddexp(floor, rise - jnp.logaddexp(0.0, jnp.exp(steep) * (jnp.exp(x["task_loss"]) - middle)))
+
+
+def _sigmoid_natural(theta, centre):
+    floor, rise, steep, middle = np.moveaxis(np.asarray(theta), -1, 0)
+    mean = np.exp(centre["task_loss"])
+    return {"b": np.exp(floor + centre[TARGET]), "a": np.exp(rise + centre[TARGET]), "k": np.exp(steep) / mean,
+            "L_0": middle * mean}
+
+
+def _sigmoid_starts(excess):
+    return np.array([(np.log(floor), np.log(2 * excess), np.log(steep), middle) for floor, steep, middle in
+                     itertools.product((0.2, 0.6, 0.95), (2.0, 6.0, 20.0), (0.6, 0.8, 1.0, 1.2))])
+
+
 def _power(theta, x, column):
     e, a, gamma = theta
     return jnp.logaddexp(e, a - gamma * x[column])
@@ -199,7 +241,7 @@ def _power(theta, x, column):
 
 def _power_natural(theta, centre, column):
     e, a, gamma = np.moveaxis(np.asarray(theta), -1, 0)
-    scale = centre["loss"]
+    scale = centre[TARGET]
     return {"E": np.exp(e + scale), "A": np.exp(a + scale + gamma * centre[column]), "gamma": gamma}
 
 
@@ -244,6 +286,17 @@ _LAWS = (
         "L = E + (g / G^gamma + A) / N^alpha + B / D^beta",
         "Krajewski et al. 2024 (arXiv:2402.07871)", ("params", "tokens", "granularity"), 7, ("alpha", "beta", "gamma"),
         _granular, _granular_natural, _granular_starts, {"E": 0, "gamma": 4, "alpha": 5, "beta": 6}),
+    Law("step-learning-rate", "Step Law, learning rate", "eta = c N^alpha D^beta",
+        "Li et al. 2025 (arXiv:2503.04715), equation 1", ("params", "tokens"), 3, (),
+        _best_rate, _best_rate_natural, lambda excess: np.zeros((1, 3)), {"alpha": 1, "beta": 2},
+        target="learning_rate", lowest="loss"),
+    Law("step-batch", "Step Law, batch size", "batch = c D^beta",
+        "Li et al. 2025 (arXiv:2503.04715), equation 1", ("tokens",), 2, (),
+        _best_batch, _best_batch_natural, lambda excess: np.zeros((1, 2)), {"beta": 1},
+        target="batch_tokens", lowest="loss"),
+    Law("accuracy", "accuracy from task loss", "accuracy = b + a / (1 + exp(k (L - L_0)))",
+        "Bhagia et al. 2024 (arXiv:2412.04403), second step", ("task_loss",), 4, ("k",),
+        _sigmoid, _sigmoid_natural, _sigmoid_starts, {}, target="accuracy", least_squares=True),
     _power_law("compute", "flops", "C"),
     _power_law("params", "params", "N"),
     _power_law("tokens", "tokens", "D"),

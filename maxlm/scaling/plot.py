@@ -26,8 +26,10 @@ def draw(analysis: Analysis, path: Path) -> None:
     if analysis.flops:
         _draw_budgets(axes[0], analysis)
         _draw_frontier(axes[1], analysis)
-    else:
+    elif len(analysis.fitted.law.inputs) == 1:
         _draw_curve(axes[0], analysis)
+    else:
+        _draw_agreement(axes[0], analysis)
     _draw_residuals(axes[-1], analysis)
     title = f"{analysis.fitted.law.equation}   ({len(analysis.runs)} runs of {analysis.runs.source})"
     figure.suptitle(title, fontsize=10)
@@ -73,18 +75,29 @@ def _draw_frontier(axes: Axes, analysis: Analysis) -> None:
 def _draw_curve(axes: Axes, analysis: Analysis) -> None:
     """The loss against the one input of the law, with the band of the replicates."""
     (name,) = analysis.fitted.law.inputs
-    values, loss = analysis.runs.columns[name], analysis.runs.columns["loss"]
+    target = analysis.fitted.law.target
+    values, loss = analysis.runs.columns[name], analysis.runs.columns[target]
     grid = {name: np.geomspace(values.min(), values.max() * 10, CURVE_POINTS)}
     replicates = np.exp(analysis.fitted.log_loss(grid, analysis.found.stated[:BAND_REPLICATES]))
     tail = 50 * (1 - analysis.level)
     axes.scatter(values, loss, s=14)
     axes.plot(grid[name], np.exp(analysis.fitted.log_loss(grid)), color="black", linewidth=1)
     axes.fill_between(grid[name], *np.percentile(replicates, [tail, 100 - tail], axis=0), alpha=0.25, linewidth=0)
-    axes.set(xscale="log", yscale="log", xlabel=name, ylabel="loss")
+    axes.set(xscale="log", yscale="log", xlabel=name, ylabel=target)
+
+
+def _draw_agreement(axes: Axes, analysis: Analysis) -> None:
+    """Observed against predicted, for a law of several inputs without one that could be the abscissa."""
+    fitted, columns = analysis.fitted, analysis.runs.columns
+    predicted, observed = np.exp(fitted.log_loss(columns)), columns[fitted.law.target]
+    ends = [min(predicted.min(), observed.min()), max(predicted.max(), observed.max())]
+    axes.plot(ends, ends, color="grey", linewidth=1)
+    axes.scatter(predicted, observed, s=14)
+    axes.set(xscale="log", yscale="log", xlabel=f"predicted {fitted.law.target}", ylabel="observed")
 
 
 def _draw_residuals(axes: Axes, analysis: Analysis) -> None:
     name = "flops" if "flops" in analysis.runs.columns else analysis.fitted.law.inputs[0]
     axes.axhline(0, color="grey", linewidth=1)
     axes.scatter(analysis.runs.columns[name], 100 * analysis.fitted.residuals(analysis.runs), s=14)
-    axes.set(xscale="log", xlabel=name, ylabel="observed over predicted loss, %")
+    axes.set(xscale="log", xlabel=name, ylabel="residual, %")

@@ -68,11 +68,13 @@ class Runs:
         return compare(numbers, float(value))
 
 
-def read_runs(path: Path, needed: Sequence[str], renamed: Mapping[str, str] | None = None, where: str = "") -> Runs:
+def read_runs(path: Path, needed: Sequence[str], renamed: Mapping[str, str] | None = None, where: str = "",
+              optional: Sequence[str] = ()) -> Runs:
     """The rows of a CSV or JSON-lines file with the columns `needed` checked; `renamed` maps our names to the file's.
 
     `flops` is read where there is one, and computed as 6 * params * tokens where there is not; `tokens` or `params` may
-    come from the other two. `where` keeps the rows for which a condition holds, before anything is checked.
+    come from the other two; `optional` columns are checked where they are there. `where` keeps the rows for which a
+    condition holds, before anything is checked.
 
     Raises ConfigError for a missing column, a value that is not a positive number, and a run that occurs twice.
     """
@@ -82,14 +84,14 @@ def read_runs(path: Path, needed: Sequence[str], renamed: Mapping[str, str] | No
     for ours, theirs in renamed.items():
         require(theirs in cells, f"--columns {ours}={theirs}: {path.name} has no column {theirs!r}"
                                  f"{_nearest(theirs, cells)}")
-    source = {name: renamed.get(name, name) for name in (*needed, "flops", "params", "tokens")}
+    source = {name: renamed.get(name, name) for name in (*needed, *optional, "flops", "params", "tokens")}
     derivable = {"flops": ("params", "tokens"), "tokens": ("flops", "params"), "params": ("flops", "tokens")}
     for name in needed:
         computed = name in derivable and all(source[other] in cells for other in derivable[name])
         require(source[name] in cells or computed,
                 f"{path.name} has no column {source[name]!r}{_nearest(source[name], cells)}; name it with "
                 f"--columns {name}=ITS_NAME")
-    present = {name: source[name] for name in (*needed, "flops", "params", "tokens") if source[name] in cells}
+    present = {name: source[name] for name in source if source[name] in cells}
     columns = {ours: np.array([_number_or_nan(cell) for cell in cells[theirs]]) for ours, theirs in present.items()}
     runs = Runs(_derived(columns), cells, np.arange(len(lines)), lines, path.name, hashlib.sha256(data).hexdigest())
     if where:
@@ -144,6 +146,19 @@ def _json_row(path: Path, number: int, line: str) -> dict[str, object]:
         raise ConfigError(f"{path.name} line {number} is not JSON: {error.msg}") from None
     require(isinstance(row, dict), f"{path.name} line {number} is not a JSON object")
     return row
+
+
+def lowest(runs: Runs, inputs: Sequence[str], name: str) -> Runs:
+    """Of rows that share `inputs` the one where column `name` is lowest; all rows where there is no such column."""
+    if name not in runs.columns:
+        return runs
+    _, group = np.unique(np.stack([runs.columns[i] for i in inputs]), axis=1, return_inverse=True)
+    keep = np.zeros(len(runs), bool)
+    for k in range(group.max() + 1):
+        rows = np.flatnonzero(group == k)
+        keep[rows[np.argmin(runs.columns[name][rows])]] = True
+    note = f"of {len(runs)} rows the {keep.sum()} with the lowest {name} for their {' and '.join(inputs)} were fitted"
+    return replace(runs.take(keep), notes=(*runs.notes, note))
 
 
 def _text(value: object) -> str:

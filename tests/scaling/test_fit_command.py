@@ -153,6 +153,32 @@ def test_a_condition_may_name_any_column_of_the_file(tmp_path):
     assert json.loads((tmp_path / "out" / "fit.json").read_text())["n"] == 30
 
 
+def test_a_law_of_three_inputs_writes_the_same_files(tmp_path):
+    params, tokens = ladder()
+    unique = tokens / np.tile([1, 4, 16, 40, 1], 7)
+    loss = noisy(chinchilla_loss(params, np.minimum(tokens, 15 * unique)))
+    path = write_csv(tmp_path / "runs.csv", params=params.tolist(), tokens=tokens.tolist(), loss=loss.tolist(),
+                     unique_tokens=unique.tolist())
+    assert fit(path, tmp_path / "out", law="data-constrained") == 0
+    found = json.loads((tmp_path / "out" / "fit.json").read_text())
+    assert found["frontier"] == [] and found["params"].keys() == {"E", "A", "B", "alpha", "R_D", "R_N"}
+
+
+def test_the_best_run_of_a_sweep_counts(tmp_path):
+    """Three rates for each size and number of tokens; the loss is least at the middle one."""
+    params, tokens = (np.repeat(column, 3) for column in ladder())
+    best = 1.79 * params**-0.713 * tokens**0.307
+    rate = best * np.tile([0.5, 1, 2], params.size // 3) * np.exp(0.02 * np.random.default_rng(0).normal(size=params.size))
+    loss = 2 + np.log(rate / best) ** 2
+    path = write_csv(tmp_path / "runs.csv", params=params.tolist(), tokens=tokens.tolist(), loss=loss.tolist(),
+                     learning_rate=rate.tolist())
+    assert fit(path, tmp_path / "out", law="step-learning-rate") == 0
+    found = json.loads((tmp_path / "out" / "fit.json").read_text())
+    assert found["n"] == 35 and "of 105 rows the 35 with the lowest loss" in found["notes"][0]
+    for name, value in (("alpha", -0.713), ("beta", 0.307)):
+        assert found["interval"][name][0] < value < found["interval"][name][1]
+
+
 def test_a_law_of_one_input_writes_the_same_files(tmp_path):
     flops = np.geomspace(1e18, 1e21, 12)
     path = write_csv(tmp_path / "runs.csv", flops=flops.tolist(), loss=noisy(1.7 + 1600 / flops**0.16).tolist())

@@ -15,6 +15,10 @@ def unique_tokens(tokens):
     return tokens / np.array([1, 4, 40])[np.arange(tokens.size) % 3]
 
 
+def task_loss(params, tokens):
+    return 0.4 + 40 / params**0.25 + 60 / tokens**0.25
+
+
 def granularity(tokens):
     return np.array([1.0, 2, 4, 8, 16])[np.arange(tokens.size) * 3 % 5]
 
@@ -41,6 +45,11 @@ CASES = {
     "moe-granularity": (lambda n, d, c, E, A, g, B, alpha, beta, gamma:
                         E + (g / granularity(d) ** gamma + A) / n**alpha + B / d**beta,
                         {"E": 0.5, "A": 18.0, "g": 2.1, "B": 31.0, "alpha": 0.115, "beta": 0.147, "gamma": 0.58}),
+    "step-learning-rate": (lambda n, d, flops, c, alpha, beta: c * n**alpha * d**beta,
+                           {"c": 1.79, "alpha": -0.713, "beta": 0.307}),
+    "step-batch": (lambda n, d, flops, c, beta: c * d**beta, {"c": 0.58, "beta": 0.571}),
+    "accuracy": (lambda n, d, c, b, a, k, L_0: b + a / (1 + np.exp(k * (task_loss(n, d) - L_0))),
+                 {"b": 0.25, "a": 0.7, "k": 5.0, "L_0": 1.1}),
     "compute": (lambda n, d, c, E, A, gamma: E + A / c**gamma, {"E": 1.7, "A": 1600.0, "gamma": 0.16}),
     "params": (lambda n, d, c, E, A, gamma: E + A / n**gamma, {"E": 1.7, "A": 400.0, "gamma": 0.34}),
     "tokens": (lambda n, d, c, E, A, gamma: E + A / d**gamma, {"E": 1.7, "A": 410.0, "gamma": 0.28}),
@@ -51,9 +60,10 @@ def runs_of(name, path):
     make, truth = CASES[name]
     params, tokens = ladder(*(9, 9) if name in ("data-constrained", "moe-granularity") else ())
     flops = 6 * params * tokens * np.where(name == "compute", np.geomspace(1, 1.01, params.size), 1)
-    loss = make(params, tokens, flops, **truth)
-    write_csv(path, params=params.tolist(), tokens=tokens.tolist(), flops=flops.tolist(), loss=loss.tolist(),
-              unique_tokens=unique_tokens(tokens).tolist(), granularity=granularity(tokens).tolist())
+    made = {"loss": np.ones(params.size), LAWS[name].target: make(params, tokens, flops, **truth)}
+    columns = {"params": params, "tokens": tokens, "flops": flops, "unique_tokens": unique_tokens(tokens),
+               "granularity": granularity(tokens), "task_loss": task_loss(params, tokens), **made}
+    write_csv(path, **{column: values.tolist() for column, values in columns.items()})
     return read_runs(path, LAWS[name].needed), truth
 
 

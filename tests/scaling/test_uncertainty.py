@@ -11,7 +11,7 @@ from maxlm.scaling.runs import read_runs
 from maxlm.scaling.uncertainty import (
     bca,
     bootstrap,
-    exponential_weights,
+    gamma_weights,
     intervals,
     percentile,
     profile,
@@ -25,7 +25,7 @@ LAW = find_law("chinchilla")
 
 def test_rows_of_one_run_share_a_weight():
     cluster = np.array([0, 0, 1, 2, 2, 2])
-    for draw in (exponential_weights, resampled_weights):
+    for draw in (gamma_weights, resampled_weights):
         weights = draw(cluster, 50, np.random.default_rng(0))
         assert (weights[:, 0] == weights[:, 1]).all() and np.ptp(weights[:, 3:], axis=1).max() == 0
         assert (weights[:, 0] != weights[:, 2]).any()
@@ -62,7 +62,7 @@ def test_the_profile_is_a_check_of_the_bootstrap(fitted):
 
 def test_small_ladders_do_not_lose_runs(fitted):
     found, _, replicates = fitted
-    assert replicates.method.startswith("exponential")
+    assert replicates.method.startswith("gamma")
     widths = [np.subtract(*percentile(t[:, 3], 0.95)) for t in (replicates.rows, replicates.stated)]
     assert widths[0] < widths[1] < 0, "resampled rows are wider"
 
@@ -71,7 +71,7 @@ def test_seed_noise_is_the_spread_of_repeated_runs(tmp_path):
     params, tokens = (np.repeat(column, 4) for column in ladder())
     loss = noisy(chinchilla_loss(params, tokens), sd=0.004)
     path = write_csv(tmp_path / "runs.csv", params=params.tolist(), tokens=tokens.tolist(), loss=loss.tolist())
-    sd, freedom = seed_noise(read_runs(path, LAW.needed), LAW.inputs)
+    sd, freedom = seed_noise(read_runs(path, LAW.needed), LAW)
     assert freedom == 105 and abs(sd / 0.004 - 1) < 0.2
 
 
