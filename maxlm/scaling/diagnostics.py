@@ -16,8 +16,9 @@ ILL_CONDITIONED = 1e4
 AT_ZERO = 1e-2  # irreducible loss, over the smallest loss, below which it is not seen
 STEEP = 3.0  # an exponent above this is a step, not a power law
 WIDE = 10.0  # ratio of an interval's ends beyond which a positive parameter has no useful value
-COEFFICIENTS = ("A", "B", "N_c", "D_c", "N_1", "g")  # their size is a matter of units: they need not be narrow
+COEFFICIENTS = ("A", "B", "N_c", "D_c", "N_1", "g", "c", "d")  # matters of unit: they need not be narrow
 FEW_CLUSTERS = 12
+COST_RANGE = 1.2
 PATTERN = 4.0  # standard errors of a budget's mean residual
 
 
@@ -44,7 +45,7 @@ def diagnose(fitted: Fitted, runs: Runs, found: Bootstrap, ends: dict[str, Inter
     worst = int(np.argmax(np.abs(residuals)))
     flattest = _flattest(fitted, found)
     by_budget = _by_budget(runs, residuals)
-    warnings = [*_bounds(fitted), *_unidentified(fitted, ends, flattest)]
+    warnings = [*_bounds(fitted), *_uneven_cost(fitted, runs), *_unidentified(fitted, ends, flattest)]
     if condition > ILL_CONDITIONED:
         warnings.append(f"the parameters are nearly dependent in these runs (condition number {condition:.1e}): read "
                         "predictions inside the range of the data, not single parameters")
@@ -57,6 +58,16 @@ def diagnose(fitted: Fitted, runs: Runs, found: Bootstrap, ends: dict[str, Inter
             warnings.append(f"the {count} runs at about {flops:.2g} FLOPs lie {mean:+.2%} off the law on average, "
                             "which their scatter does not explain")
     return Diagnostics(sd, float(residuals[worst]), int(runs.lines[worst]), condition, flattest, by_budget, warnings)
+
+
+def _uneven_cost(fitted: Fitted, runs: Runs) -> list[str]:
+    if not fitted.law.has_frontier:
+        return []
+    cost = runs.columns["flops"] / (runs.columns["params"] * runs.columns["tokens"])
+    if cost.max() < COST_RANGE * cost.min():
+        return []
+    return [f"flops / (params * tokens) ranges from {cost.min():.3g} to {cost.max():.3g}: the frontier takes "
+            f"the median, {np.median(cost):.3g}"]
 
 
 def _bounds(fitted: Fitted) -> list[str]:
@@ -83,6 +94,7 @@ def _flattest(fitted: Fitted, found: Bootstrap) -> dict[str, float]:
     """The direction of largest spread of the replicates, as relative changes of the natural parameters for one standard
     deviation along it (signs are up to a common one)."""
     deviation = np.clip(found.stated - fitted.theta, -20, 20)
+    deviation = deviation[np.isfinite(deviation).all(1)]
     _, spread, axes = np.linalg.svd(deviation, full_matrices=False)
     along = fitted.theta + axes[0] * spread[0] / np.sqrt(len(deviation))
     here, there = fitted.natural(), fitted.natural(along)

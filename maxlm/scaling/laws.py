@@ -7,6 +7,7 @@ turns such a `theta` back into the parameters of the published equation, in the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -195,6 +196,32 @@ def _granular_starts(excess):
         np.full(len(grid), gamma), grid[:, 3], grid[:, 4]]) for share in (0.2, 0.6) for gamma in (0.3, 0.8)])
 
 
+def _sparse(theta, x):
+    """1 - S, the share of parameters that a token uses, is active_params / params."""
+    e, a, b, c, d, alpha, beta, lam, delta, gamma = theta
+    used = x["active_params"] - x["params"]
+    terms = (e, a - alpha * x["params"], b - beta * x["tokens"], c - lam * used, d - delta * used - gamma * x["params"])
+    return functools.reduce(jnp.logaddexp, terms)
+
+
+def _sparse_natural(theta, centre):
+    e, a, b, c, d, alpha, beta, lam, delta, gamma = np.moveaxis(np.asarray(theta), -1, 0)
+    scale, params = centre[TARGET], centre["params"]
+    used = centre["active_params"] - params
+    return {"E": np.exp(e + scale), "A": np.exp(a + scale + alpha * params),
+            "B": np.exp(b + scale + beta * centre["tokens"]), "c": np.exp(c + scale + lam * used),
+            "d": np.exp(d + scale + delta * used + gamma * params), "alpha": alpha, "beta": beta,
+            "lambda": lam, "delta": delta, "gamma": gamma}
+
+
+def _sparse_starts(excess):
+    grid = _chinchilla_starts(excess)[::5]
+    half = grid[:, 0] + np.log(0.5)
+    return np.concatenate([np.column_stack([
+        half, grid[:, 1] + np.log(1 - share), grid[:, 2], half, grid[:, 1] + np.log(share), grid[:, 3], grid[:, 4],
+        np.broadcast_to([lam, 0.15, 0.15], (len(grid), 3))]) for share in (0.3, 0.7) for lam in (-0.2, 0.1)])
+
+
 def _best_rate(theta, x):
     c, alpha, beta = theta
     return c + alpha * x["params"] + beta * x["tokens"]
@@ -286,6 +313,10 @@ _LAWS = (
         "L = E + (g / G^gamma + A) / N^alpha + B / D^beta",
         "Krajewski et al. 2024 (arXiv:2402.07871)", ("params", "tokens", "granularity"), 7, ("alpha", "beta", "gamma"),
         _granular, _granular_natural, _granular_starts, {"E": 0, "gamma": 4, "alpha": 5, "beta": 6}),
+    Law("moe-sparsity", "mixture of experts, total and active parameters",
+        "L = E + A / N^alpha + B / D^beta + c / (1 - S)^lambda + d / ((1 - S)^delta N^gamma), 1 - S = N_active / N",
+        "Abnar et al. 2025 (arXiv:2501.12370)", ("params", "tokens", "active_params"), 10, ("alpha", "beta"),
+        _sparse, _sparse_natural, _sparse_starts, {"E": 0, "alpha": 5, "beta": 6, "lambda": 7}),
     Law("step-learning-rate", "Step Law, learning rate", "eta = c N^alpha D^beta",
         "Li et al. 2025 (arXiv:2503.04715), equation 1", ("params", "tokens"), 3, (),
         _best_rate, _best_rate_natural, lambda excess: np.zeros((1, 3)), {"alpha": 1, "beta": 2},

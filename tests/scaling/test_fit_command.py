@@ -168,7 +168,7 @@ def test_the_best_run_of_a_sweep_counts(tmp_path):
     """Three rates for each size and number of tokens; the loss is least at the middle one."""
     params, tokens = (np.repeat(column, 3) for column in ladder())
     best = 1.79 * params**-0.713 * tokens**0.307
-    rate = best * np.tile([0.5, 1, 2], params.size // 3) * np.exp(0.02 * np.random.default_rng(0).normal(size=params.size))
+    rate = noisy(best * np.tile([0.5, 1, 2], params.size // 3), sd=0.02)
     loss = 2 + np.log(rate / best) ** 2
     path = write_csv(tmp_path / "runs.csv", params=params.tolist(), tokens=tokens.tolist(), loss=loss.tolist(),
                      learning_rate=rate.tolist())

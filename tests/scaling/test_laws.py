@@ -15,6 +15,11 @@ def unique_tokens(tokens):
     return tokens / np.array([1, 4, 40])[np.arange(tokens.size) % 3]
 
 
+def used(tokens):
+    """The share of the parameters that a token uses."""
+    return np.array([1.0, 0.5, 0.25, 0.1, 0.05])[np.arange(tokens.size) * 3 % 5]
+
+
 def task_loss(params, tokens):
     return 0.4 + 40 / params**0.25 + 60 / tokens**0.25
 
@@ -45,6 +50,10 @@ CASES = {
     "moe-granularity": (lambda n, d, c, E, A, g, B, alpha, beta, gamma:
                         E + (g / granularity(d) ** gamma + A) / n**alpha + B / d**beta,
                         {"E": 0.5, "A": 18.0, "g": 2.1, "B": 31.0, "alpha": 0.115, "beta": 0.147, "gamma": 0.58}),
+    "moe-sparsity": (lambda n, d, flops, E, A, B, c, d_, alpha, beta, lam, delta, gamma:
+                     E + A / n**alpha + B / d**beta + c / used(d)**lam + d_ / (used(d)**delta * n**gamma),
+                     {"E": 0.94, "A": 16612.5, "B": 5455.7, "c": 0.46, "d_": 17.26, "alpha": 0.596, "beta": 0.395,
+                      "lam": -0.167, "delta": 0.16, "gamma": 0.16}),
     "step-learning-rate": (lambda n, d, flops, c, alpha, beta: c * n**alpha * d**beta,
                            {"c": 1.79, "alpha": -0.713, "beta": 0.307}),
     "step-batch": (lambda n, d, flops, c, beta: c * d**beta, {"c": 0.58, "beta": 0.571}),
@@ -58,11 +67,12 @@ CASES = {
 
 def runs_of(name, path):
     make, truth = CASES[name]
-    params, tokens = ladder(*(9, 9) if name in ("data-constrained", "moe-granularity") else ())
+    params, tokens = ladder(*(9, 9) if name in ("data-constrained", "moe-granularity", "moe-sparsity") else ())
     flops = 6 * params * tokens * np.where(name == "compute", np.geomspace(1, 1.01, params.size), 1)
     made = {"loss": np.ones(params.size), LAWS[name].target: make(params, tokens, flops, **truth)}
     columns = {"params": params, "tokens": tokens, "flops": flops, "unique_tokens": unique_tokens(tokens),
-               "granularity": granularity(tokens), "task_loss": task_loss(params, tokens), **made}
+               "granularity": granularity(tokens), "task_loss": task_loss(params, tokens),
+               "active_params": params * used(tokens), **made}
     write_csv(path, **{column: values.tolist() for column, values in columns.items()})
     return read_runs(path, LAWS[name].needed), truth
 
@@ -76,6 +86,7 @@ def test_a_law_recovers_its_parameters(name, tmp_path):
     runs, truth = runs_of(name, tmp_path / "runs.csv")
     fitted = point_fit(LAWS[name], runs)
     for parameter, value in truth.items():
+        parameter = {"d_": "d", "lam": "lambda"}.get(parameter, parameter)  # a taken name, and Python's own
         assert abs(fitted.natural()[parameter] / value - 1) < 1e-3, (parameter, fitted.natural()[parameter])
     assert np.abs(fitted.residuals(runs)).max() < 1e-5
 

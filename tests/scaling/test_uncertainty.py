@@ -92,3 +92,14 @@ def test_a_determined_fit_has_no_warning(fitted):
     found, runs, replicates = fitted
     table = intervals(found.natural, replicates, 0.95)
     assert diagnose(found, runs, replicates, {name: row["interval"] for name, row in table.items()}).warnings == []
+
+
+def test_a_cost_that_is_not_proportional_to_parameters_is_told(tmp_path):
+    params, tokens = ladder()
+    flops = 6 * params * tokens * np.linspace(1, 1.5, params.size)
+    path = write_csv(tmp_path / "runs.csv", params=params.tolist(), tokens=tokens.tolist(), flops=flops.tolist(),
+                     loss=noisy(chinchilla_loss(params, tokens)).tolist())
+    runs = read_runs(path, LAW.needed)
+    found = point_fit(LAW, runs)
+    warnings = diagnose(found, runs, bootstrap(found, runs, 100, seed=0), {}).warnings
+    assert any("ranges from 6 to 9" in line for line in warnings), warnings
