@@ -46,6 +46,9 @@ class Analysis:
     @property
     def verdict(self) -> str:
         """What a reader must know before using an extrapolation of this fit."""
+        lost = [name for name in self.fitted.law.exponents if name in self.diagnostics.undetermined]
+        if lost:
+            return f"do not extrapolate: these runs do not determine {', '.join(lost)}"
         if isinstance(self.next_budget, str):
             return f"extrapolation {self.next_budget}"
         if self.next_budget.biased:

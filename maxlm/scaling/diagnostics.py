@@ -19,6 +19,7 @@ WIDE = 10.0  # ratio of an interval's ends beyond which a positive parameter has
 COEFFICIENTS = ("A", "B", "N_c", "D_c", "N_1", "g", "c", "d")  # matters of unit: they need not be narrow
 FEW_CLUSTERS = 12
 COST_RANGE = 1.2
+UNFELT = 1e-9  # a parameter whose derivative is smaller than this share of the largest is at a bound, and warned about
 PATTERN = 4.0  # standard errors of a budget's mean residual
 
 
@@ -33,6 +34,7 @@ class Diagnostics:
     condition: float
     flattest: dict[str, float]
     budget_residuals: list[tuple[float, int, float]]
+    undetermined: list[str]
     warnings: list[str]
 
 
@@ -41,11 +43,13 @@ def diagnose(fitted: Fitted, runs: Runs, found: Bootstrap, ends: dict[str, Inter
     residuals = fitted.residuals(runs)
     jacobian = fitted.jacobian(runs.columns)
     length = np.linalg.norm(jacobian, axis=0)
-    condition = float(np.linalg.cond(jacobian / np.where(length > 0, length, 1)))
+    felt = length > UNFELT * length.max()
+    condition = float(np.linalg.cond(jacobian[:, felt] / length[felt]))
     worst = int(np.argmax(np.abs(residuals)))
     flattest = _flattest(fitted, found)
     by_budget = _by_budget(runs, residuals)
-    warnings = [*_bounds(fitted), *_uneven_cost(fitted, runs), *_unidentified(fitted, ends, flattest)]
+    lost = _undetermined(ends)
+    warnings = [*_bounds(fitted), *_uneven_cost(fitted, runs), *_tell_undetermined(lost, flattest)]
     if condition > ILL_CONDITIONED:
         warnings.append(f"the parameters are nearly dependent in these runs (condition number {condition:.1e}): read "
                         "predictions inside the range of the data, not single parameters")
@@ -57,7 +61,8 @@ def diagnose(fitted: Fitted, runs: Runs, found: Bootstrap, ends: dict[str, Inter
         if count >= 4 and abs(mean) > PATTERN * max(sd, 1e-9) / np.sqrt(count):
             warnings.append(f"the {count} runs at about {flops:.2g} FLOPs lie {mean:+.2%} off the law on average, "
                             "which their scatter does not explain")
-    return Diagnostics(sd, float(residuals[worst]), int(runs.lines[worst]), condition, flattest, by_budget, warnings)
+    return Diagnostics(sd, float(residuals[worst]), int(runs.lines[worst]), condition, flattest, by_budget, lost,
+                       warnings)
 
 
 def _uneven_cost(fitted: Fitted, runs: Runs) -> list[str]:
@@ -81,9 +86,13 @@ def _bounds(fitted: Fitted) -> list[str]:
     return warnings
 
 
-def _unidentified(fitted: Fitted, ends: dict[str, Interval], flattest: dict[str, float]) -> list[str]:
-    lost = [name for name in ends if name not in COEFFICIENTS
-            and not (ends[name][0] > 0 and ends[name][1] < WIDE * ends[name][0])]
+def _undetermined(ends: dict[str, Interval]) -> list[str]:
+    """Parameters whose interval holds zero or spans a factor of WIDE."""
+    return [name for name, (low, high) in ends.items() if name not in COEFFICIENTS
+            and not (low > 0 and high < WIDE * low) and not (high < 0 and low > WIDE * high)]
+
+
+def _tell_undetermined(lost: list[str], flattest: dict[str, float]) -> list[str]:
     if not lost:
         return []
     along = ", ".join(f"{name} by {change:+.0%}" for name, change in flattest.items() if abs(change) >= 0.01)
@@ -98,7 +107,8 @@ def _flattest(fitted: Fitted, found: Bootstrap) -> dict[str, float]:
     _, spread, axes = np.linalg.svd(deviation, full_matrices=False)
     along = fitted.theta + axes[0] * spread[0] / np.sqrt(len(deviation))
     here, there = fitted.natural(), fitted.natural(along)
-    return {name: float(there[name] / here[name] - 1) for name in here}
+    with np.errstate(all="ignore"):
+        return {name: float(there[name] / here[name] - 1) for name in here}
 
 
 def _by_budget(runs: Runs, residuals: np.ndarray) -> list[tuple[float, int, float]]:

@@ -23,6 +23,7 @@ SCREENED, REFINED = 8, 64  # of the start grid: every start is tried for its obj
 SAME_OPTIMUM = 1e-6
 QUADRATIC = 1e9  # a delta that no residual reaches: least squares
 MIN_SPREAD = 1.5  # largest over smallest value of an input below which its exponent cannot be seen
+STEEPEST = 10  # an exponent beyond it describes a step between two groups of runs
 FAR = 60.0  # the widest allocation looked at, in units of log(params), on each side of the data
 
 
@@ -87,9 +88,9 @@ def point_fit(law: Law, runs: Runs) -> Fitted:
     fitted = fit_unchecked(law, runs)
     for name in law.exponents:
         value = fitted.natural()[name]
-        require(bool(np.isfinite(value) and value > 0),
-                f"{law.name} does not fit these runs: at the best fit {name} = {value:.3g}, so the loss would not fall "
-                f"with scale; look for diverged runs, a mixed-up column or too narrow a range")
+        require(bool(0 < value < STEEPEST),
+                f"{law.name} does not fit these runs: at the best fit {name} = {value:.3g}, and a loss that falls with "
+                f"scale has one between 0 and {STEEPEST}; look for diverged runs, a mixed-up column or too narrow a range")
     return fitted
 
 

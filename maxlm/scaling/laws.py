@@ -326,7 +326,7 @@ _LAWS = (
         _best_batch, _best_batch_natural, lambda excess: np.zeros((1, 2)), {"beta": 1},
         target="batch_tokens", lowest="loss"),
     Law("accuracy", "accuracy from task loss", "accuracy = b + a / (1 + exp(k (L - L_0)))",
-        "Bhagia et al. 2024 (arXiv:2412.04403), second step", ("task_loss",), 4, ("k",),
+        "Bhagia et al. 2024 (arXiv:2412.04403), second step", ("task_loss",), 4, (),
         _sigmoid, _sigmoid_natural, _sigmoid_starts, {}, target="accuracy", least_squares=True),
     _power_law("compute", "flops", "C"),
     _power_law("params", "params", "N"),

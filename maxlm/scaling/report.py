@@ -14,6 +14,7 @@ from maxlm.scaling.analysis import Analysis
 from maxlm.scaling.holdout import Assessment
 from maxlm.scaling.plot import draw
 
+NOTHING = 1e-12  # shown as 0
 FRONTIER = ("params", "tokens", "tokens_per_param", "loss")
 
 
@@ -146,12 +147,12 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def _short(value: object) -> str:
-    return f"{value:.4g}"
+def _short(value: float) -> str:
+    return "0" if abs(value) < NOTHING else f"{value:.4g}"
 
 
-def _ends(ends: object) -> str:
-    return f"[{ends[0]:.4g}, {ends[1]:.4g}]"
+def _ends(ends: tuple[float, float]) -> str:
+    return f"[{_short(ends[0])}, {_short(ends[1])}]"
 
 
 def summary(analysis: Analysis) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 from maxlm.schema import ConfigError, require
 
 FLOPS_PER_PARAM_TOKEN = 6  # where a file has no `flops`: C = 6 N D
+DELIMITERS = ",;\t"
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt,
                 "<": operator.lt, "=": operator.eq}
 _CONDITION = re.compile(r"\s*([^<>=!\s]+)\s*(>=|<=|==|!=|>|<|=)\s*(.+?)\s*")
@@ -126,8 +127,10 @@ def _table(path: Path, data: bytes) -> tuple[dict[str, np.ndarray], np.ndarray]:
         rows = [_json_row(path, number, line) for number, line in numbered]
         lines = [number for number, _ in numbered]
     else:
-        reader = csv.DictReader(text.splitlines())
+        head = text.split("\n", 1)[0]
+        reader = csv.DictReader(text.splitlines(), delimiter=max(DELIMITERS, key=head.count))
         require(bool(reader.fieldnames), f"{path} is empty; give a CSV with a header or JSON lines")
+        reader.fieldnames = [name.strip() for name in reader.fieldnames]
         rows, lines = [], []
         for row in reader:
             require(None not in row and None not in row.values(),

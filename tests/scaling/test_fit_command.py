@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import maxlm.cli
+from maxlm.scaling.runs import read_runs
 from tests.scaling.ladders import chinchilla_loss, ladder, noisy, simulated, write_csv
 
 
@@ -141,6 +142,31 @@ def test_files_that_are_not_tables(text, message, tmp_path, capsys):
     path = tmp_path / "runs.csv"
     path.write_bytes(text.encode("latin-1"))
     refused(capsys, fit(path, tmp_path / "out"), message)
+
+
+@pytest.mark.parametrize(("seed", "words"), [(0, ["beta = -", "between 0 and 10"]), (4, ["alpha = 85"])])
+def test_losses_without_a_law_are_refused(seed, words, tmp_path, capsys):
+    refused(capsys, fit(lawless(tmp_path / "runs.csv", seed), tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_exponents_that_could_be_anything_are_not_extrapolated(tmp_path):
+    assert fit(lawless(tmp_path / "runs.csv", 8), tmp_path / "out") == 0
+    verdict = json.loads((tmp_path / "out" / "fit.json").read_text())["verdict"]
+    assert verdict == "do not extrapolate: these runs do not determine alpha, beta"
+
+
+def lawless(path, seed):
+    params, tokens = ladder()
+    loss = np.random.default_rng(seed).uniform(2, 4, params.size)
+    return write_csv(path, params=params.tolist(), tokens=tokens.tolist(), loss=loss.tolist())
+
+
+@pytest.mark.parametrize("separator", [";", "\t", " , "])
+def test_other_separators_and_spaces_in_the_header(separator, tmp_path):
+    path = simulated(tmp_path / "runs.csv")
+    path.write_text(path.read_text().replace(",", separator))
+    assert len(read_runs(path, ("params", "tokens", "loss"))) == 35
 
 
 def test_a_file_that_is_not_there(tmp_path, capsys):
