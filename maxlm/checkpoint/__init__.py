@@ -6,7 +6,8 @@ its checksums in STEP/manifest.json, and nothing is restored that differs from t
 
   layout.py       what is on disk: steps, completeness, keep policy, reading meta.json   (no JAX)
   leaves.py       any pytree <-> a flat dict of arrays under stable readable names
-  orbax_io.py     the only module that talks to Orbax
+  orbax_io.py     the only module that talks to Orbax: writing
+  reading.py      reading what Orbax wrote, with TensorStore
   integrity.py    checksums of every file: written before a step is visible, compared before it is trusted
   verified.py     restore that checks what it reads; the newest good step, with damaged ones set aside
   local_tier.py   each process's own shards on its own host, often

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.checkpoint import layout, orbax_io, verified
+from maxlm.checkpoint import layout, reading, verified
 
 _READ_BYTES = 1 << 30  # host memory that one read of several arrays may take (a single larger array takes its own)
 
@@ -25,7 +25,7 @@ def tree_digest(directory: str | os.PathLike[str], step: int | None = None) -> s
     verified.require_intact(path)
     index = {name: entry for name, entry in layout.read_document(path)["arrays"].items() if name.startswith("params/")}
     return _hash(
-        item for names in _groups(index) for item in sorted(orbax_io.restore_numpy(path, names).items())
+        item for names in _groups(index) for item in sorted(reading.restore_numpy(path, names).items())
     )
 
 

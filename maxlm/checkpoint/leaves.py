@@ -6,13 +6,16 @@ wrapped, an optimizer's class renamed, and its checkpoints still restore as long
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from maxlm.checkpoint.layout import CheckpointError
+
+Box = tuple[tuple[int, int], ...]  # [start, stop) along each dim: a part of an array
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -89,3 +92,16 @@ def _differences(saved: Mapping[str, list[Any]], wanted: Mapping[str, list[Any]]
 def _describe(entry: list[Any]) -> str:
     dtype, shape = entry
     return f"{dtype}{shape}"
+
+
+def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """The part of an array of `shape` that `index` (of a shard or of a sharding) selects."""
+    return tuple((part.indices(size)[0], part.indices(size)[1]) for part, size in zip(index, shape, strict=True))
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array to be filled, at a multiple of 64 bytes: a CPU backend takes it over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 63, np.uint8)
+    first = -buffer.ctypes.data % 64
+    return buffer[first : first + size].view(dtype).reshape(shape)

@@ -28,8 +28,8 @@ import numpy as np
 
 from maxlm.checkpoint import layout
 from maxlm.checkpoint.layout import CheckpointError
+from maxlm.checkpoint.leaves import Box, aligned_empty, box_of
 
-Box = tuple[tuple[int, int], ...]
 Piece = tuple[str, Box]  # which array, which part of it
 
 PIECES_FILE, MANIFEST_FILE = "pieces", "manifest.json"
@@ -51,7 +51,7 @@ class Copy:
     def read(self, piece: Piece) -> np.ndarray | None:
         """The piece's bytes; None where they differ from their checksum or cannot be read."""
         offset, size, crc = self.pieces[piece]
-        data = _aligned(size)
+        data = aligned_empty([size], np.dtype(np.uint8))
         view, got, found = memoryview(data), 0, 0
         try:
             with open(self.path / PIECES_FILE, "rb", buffering=0) as file:
@@ -164,18 +164,6 @@ class LocalTier:
 
     def _step_folders(self) -> list[tuple[int, Path]]:
         return [found for folder in self._process_folders() for found in layout.step_folders(folder)]
-
-
-def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    """The part of an array of `shape` that `index` (of a shard or of a sharding) selects."""
-    return tuple((part.indices(size)[0], part.indices(size)[1]) for part, size in zip(index, shape, strict=True))
-
-
-def _aligned(size: int) -> np.ndarray:
-    """Bytes that start at a multiple of 64, which a CPU backend takes over without a copy."""
-    buffer = np.empty(size + 63, np.uint8)
-    first = -buffer.ctypes.data % 64
-    return buffer[first : first + size]
 
 
 def _on_host(arrays: Mapping[str, Any]) -> list[tuple[Piece, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""The only module that talks to Orbax: an asynchronous writer, and reading onto devices or into numpy.
+"""The only module that talks to Orbax: an asynchronous writer. What it writes, reading.py reads.
 
 Orbax is imported on first use (0.2 s). AsyncCheckpointer is used rather than CheckpointManager: which steps
 count, which stay and what an error says are ours (layout.py), and the folder holds nothing but steps.
@@ -11,14 +11,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from maxlm.checkpoint import integrity, layout, leaves
+from maxlm.checkpoint import integrity, layout
 
 
 def async_checkpointer(before_commit: Callable[[], None]) -> Any:
@@ -68,44 +67,6 @@ def save_args(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> Any:
             layout.META_ITEM: ocp.args.JsonSave(dict(document)),
         }
     )
-
-
-def restore_like(path: Path, like: Any) -> Any:
-    """The arrays of the checkpoint at `path`, placed as `like` says. Every process must call it.
-
-    like: pytree of jax.ShapeDtypeStruct with a concrete NamedSharding each, on any mesh; it need not be the whole
-    saved state: top-level entries that it lacks altogether are not read (evaluation restores 'params' alone).
-    Raises CheckpointError where names, shapes or dtypes differ, IntegrityError where the files cannot be read.
-    """
-    wanted = leaves.named_leaves(like)
-    for name, leaf in wanted.items():
-        if not isinstance(getattr(leaf, "sharding", None), jax.sharding.Sharding):
-            raise ValueError(f"restore target {name!r} needs a concrete sharding, got {leaf}")
-    sections = {name.split("/")[0] for name in wanted}
-    saved = {n: e for n, e in layout.read_document(path)["arrays"].items() if n.split("/")[0] in sections}
-    leaves.require_same(saved, leaves.index_of(wanted), str(path))
-    ocp = _orbax()
-    targets = {
-        name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype)
-        for name, leaf in wanted.items()
-    }
-    return leaves.rebuild(like, _restore(path, targets))
-
-
-def restore_numpy(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The named arrays of the checkpoint at `path`, whole, in host memory."""
-    ocp = _orbax()
-    return _restore(path, {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})
-
-
-def _restore(path: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
-    ocp = _orbax()
-    args = ocp.args.PyTreeRestore(item=dict.fromkeys(targets, 0), restore_args=dict(targets), partial_restore=True)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path / layout.STATE_ITEM, args=args)
-    except Exception as error:
-        raise layout.unreadable(path, error) from error
 
 
 def _orbax() -> Any:

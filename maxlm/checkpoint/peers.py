@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from maxlm.checkpoint import agreement, layout, leaves
-from maxlm.checkpoint.local_tier import Box, Copy, LocalTier, Piece, box_of
+from maxlm.checkpoint.leaves import Box, box_of
+from maxlm.checkpoint.local_tier import Copy, LocalTier, Piece
 
 _CHUNK_BYTES = 1 << 26
 

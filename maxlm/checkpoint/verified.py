@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from maxlm.checkpoint import agreement, integrity, layout, orbax_io
+from maxlm.checkpoint import agreement, integrity, layout, reading
 from maxlm.checkpoint.layout import IntegrityError
 from maxlm.checkpoint.local_tier import LocalTier
 from maxlm.checkpoint.peers import LocalSteps
@@ -29,7 +29,7 @@ class Restored:
 
 
 def restore_state(directory: str | os.PathLike[str], step: int | None, like: Any) -> Any:
-    """The state of `step` (None: the newest complete one), verified and placed as `like` says (orbax_io.restore_like).
+    """The state of `step` (None: the newest complete one), verified and placed as `like` says (reading.restore_like).
 
     Every process must call it; each checks its share of the files, and all get the same answer. Values are
     bit-identical to what was saved. Raises IntegrityError where the checkpoint is damaged (nothing is renamed),
@@ -65,7 +65,7 @@ def restore_verified(path: Path, like: Any) -> tuple[Any, str | None]:
         checked = background.submit(integrity.damage, path, (jax.process_index(), jax.process_count()))
         state, failure = None, None
         try:
-            state = orbax_io.restore_like(path, like)
+            state = reading.restore_like(path, like)
         except IntegrityError as error:
             failure = error
         damage = _agreed(checked.result)

@@ -5,7 +5,7 @@ import pytest
 
 from maxlm.checkpoint import tree_digest
 from maxlm.checkpoint.layout import read_document
-from maxlm.checkpoint.orbax_io import restore_numpy
+from maxlm.checkpoint.reading import restore_numpy
 from tests.multiprocess.launch import train
 from tests.training.runs import prepared, rows_of, timeless, write_config, write_texts
 
