@@ -6,7 +6,9 @@ What is checked of each fault:
 - hang: no process outlived the fault by more than the bound;
 - lost: the next life goes on from the newest complete checkpoint that was left unharmed, harmed ones are kept, and a
   life asked to stop has saved the step it stopped at;
-- digest: that checkpoint, and the finished run's, hold the undisturbed run's parameters, and its rows are the same.
+- digest: that checkpoint, and the finished run's, hold the undisturbed run's parameters, its rows are the same, and no
+  step that was made again gave other bits;
+- books: the ledger is whole and ends with the last step, and the clock accounts for the wall time to 1%.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from maxlm.checkpoint import layout
+from maxlm.resilience.goodput import read_goodput
+from maxlm.resilience.ledger import read_ledger
 from maxlm.training.saved_run import CHECKPOINTS
 from tests.chaos.faults import Fault, Plan
 from tests.chaos.hosts import Hosts, small_disk
@@ -241,6 +245,18 @@ class Scenario:
             last.problems.append(("digest", f"final parameters: {final}, undisturbed {expected}"))
         if timeless(self.run_dir) != reference["rows"]:
             last.problems.append(("digest", "metrics.jsonl has other rows than the undisturbed run's"))
+        self._check_books(last)
+
+    def _check_books(self, last: Strike) -> None:
+        ledger, clock = read_ledger(self.run_dir), read_goodput(self.run_dir)
+        again = [record["step"] for record in ledger.records if record["kind"] == "nondeterminism"]
+        if again:
+            last.problems.append(("digest", f"steps {again} were made again with other bits"))
+        steps = [record["step"] for record in ledger.steps()]
+        if ledger.damaged or steps[-1:] != [self.setting.steps] or set(steps) != set(range(1, self.setting.steps + 1)):
+            last.problems.append(("books", f"ledger: lines {ledger.damaged} altered, {len(set(steps))} steps"))
+        if clock is None or abs(clock["unaccounted_seconds"]) > 0.01 * clock["wall_seconds"]:
+            last.problems.append(("books", f"goodput.json: {clock and clock['unaccounted_seconds']} s unaccounted for"))
 
     def _sampled_digests(self) -> list[str]:
         folders = sorted((self.disk / "samples").glob("*"), key=lambda path: int(path.name))

@@ -16,7 +16,8 @@ from typing import Any
 from tests.chaos.faults import DESCRIPTION, Plan
 from tests.chaos.scenario import EXIT_BOUND, Strike
 
-CHECKS = {"digest": "wrong digests", "lost": "lost steps", "hang": "hangs", "exit": "wrong exits"}
+CHECKS = {"digest": "wrong digests", "lost": "lost steps", "hang": "hangs", "exit": "wrong exits",
+          "books": "broken books"}
 PACKAGES = ("maxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 Results = Sequence[tuple[Plan, list[Strike]]]
 

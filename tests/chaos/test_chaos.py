@@ -63,6 +63,7 @@ def test_a_harness_that_is_wrong_is_caught(short, work):
         "other seed": ["digest"],
         "a checkpoint is lost": ["lost"],
         "a damaged checkpoint is deleted": ["lost"],
+        "a line of the ledger is altered": ["books"],
         "a process stays": ["hang"],
     }
 

@@ -41,6 +41,16 @@ def main(work: Path) -> None:
                 shutil.rmtree(kept)
             super()._check_start()
 
+    class Forger(scenario.Scenario):
+        """Changes a line of the ledger."""
+
+        def _compare(self, last):
+            ledger = self.run_dir / "ledger.jsonl"
+            lines = ledger.read_text().splitlines(keepends=True)
+            lines[3] = lines[3].replace('"index": ', '"index": 1')
+            ledger.write_text("".join(lines))
+            super()._compare(last)
+
     def twin(kind: type[scenario.Scenario], fault: Fault, changes: tuple[str, ...] = ()) -> list[str]:
         folder = work / f"twin{len(found)}"
         folder.mkdir()
@@ -54,6 +64,7 @@ def main(work: Path) -> None:
     found["other seed"] = twin(scenario.Scenario, kill, ("train.seed=1",))
     found["a checkpoint is lost"] = twin(Forgetful, kill)
     found["a damaged checkpoint is deleted"] = twin(Careless, damage)
+    found["a line of the ledger is altered"] = twin(Forger, kill)
     scenario.EXIT_BOUND = 0.1
     missed = Fault("kill all", "step", (), 4, 0.0)  # reaches no process, so the run outlives it
     found["a process stays"] = twin(scenario.Scenario, missed)
