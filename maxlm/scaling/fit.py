@@ -90,7 +90,7 @@ def point_fit(law: Law, runs: Runs) -> Fitted:
         value = fitted.natural()[name]
         require(bool(0 < value < STEEPEST),
                 f"{law.name} does not fit these runs: at the best fit {name} = {value:.3g}, and a loss that falls with "
-                f"scale has one between 0 and {STEEPEST}; look for diverged runs, a mixed-up column or too narrow a range")
+                f"scale has one from 0 to {STEEPEST}; look for diverged runs, mixed-up columns or too narrow a range")
     return fitted
 
 

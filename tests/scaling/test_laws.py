@@ -133,7 +133,7 @@ def test_a_loss_that_rises_with_scale_is_refused(tmp_path):
     path = write_csv(tmp_path / "runs.csv", params=params.tolist(), tokens=tokens.tolist(),
                      loss=(2 + (tokens / 1e9) ** 0.2).tolist())
     law = find_law("chinchilla")
-    with pytest.raises(ConfigError, match="between 0 and 10"):
+    with pytest.raises(ConfigError, match="from 0 to 10"):
         point_fit(law, read_runs(path, law.needed))
 
 
