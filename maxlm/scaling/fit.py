@@ -19,10 +19,10 @@ from maxlm.scaling.runs import FLOPS_PER_PARAM_TOKEN, Runs
 from maxlm.scaling.solver import DELTA, Solutions, float64_on_cpu, solve
 from maxlm.schema import ConfigError, require
 
-SCREENED, REFINED = 8, 64  # of the start grid: every start is tried for its objective, the best are run to the end
+CLOSEST, EVERY = 128, 8  # of the start grid, ordered by how close it is: so many, and one in so many of all, are run
 SAME_OPTIMUM = 1e-6
 QUADRATIC = 1e9  # a delta that no residual reaches: least squares
-MIN_SPREAD = 1.5  # largest over smallest value of an input below which its exponent cannot be seen
+MIN_SPREAD = 1.1  # largest over smallest value of an input below which its exponent cannot be seen
 STEEPEST = 10  # an exponent beyond it describes a step between two groups of runs
 FAR = 60.0  # the widest allocation looked at, in units of log(params), on each side of the data
 
@@ -81,8 +81,8 @@ class Fitted:
 def point_fit(law: Law, runs: Runs) -> Fitted:
     """The best fit over the law's grid of starts.
 
-    Raises ConfigError where the rows cannot determine the law (`check_design`) or where the best fit says that the loss
-    does not fall with an input.
+    Raises ConfigError where the rows cannot determine the law (`check_design`) or where an exponent at the best fit is
+    not between 0 and STEEPEST.
     """
     check_design(law, runs)
     fitted = fit_unchecked(law, runs)
@@ -109,7 +109,7 @@ def fit_unchecked(law: Law, runs: Runs, weights: np.ndarray | None = None) -> Fi
     starts = law.starts(max(float(np.exp(np.median(y))), 1.01))
     distance = (np.abs(_predict(law, starts, x) - y) * (1 if weights is None else weights)).sum(-1)
     order = np.argsort(np.where(np.isfinite(distance), distance, np.inf), kind="stable")
-    chosen = starts[np.union1d(order[: REFINED * 2], order[::SCREENED])]
+    chosen = starts[np.union1d(order[:CLOSEST], order[::EVERY])]
     found = _solve(law, x, y, chosen, weights)
     best = int(np.argmin(found.objective))
     objective = float(found.objective[best])

@@ -27,11 +27,11 @@ Centre = Mapping[str, float]  # column -> mean of its logarithm; TARGET -> that 
 
 @dataclass(frozen=True, eq=False)  # one object a law: hashed by identity where it is compiled for
 class Law:
-    """One law of the logarithm of the loss.
+    """One law of the logarithm of `target`, usually the loss.
 
     `predict(theta [p], columns)` gives [n] in centred units; `natural(theta [..., p], centre)` named arrays [...];
-    `starts(excess)` [s, p], where `excess` is the median loss over the smallest loss. `exponents` are the names of
-    `natural` that must be above 0 for the fit to mean anything.
+    `starts(excess)` [s, p], where `excess` is the median target over the smallest. `exponents` are the names of
+    `natural` without which in a sensible range the fit means nothing.
     """
 
     name: str
@@ -214,6 +214,12 @@ def _sparse_natural(theta, centre):
             "lambda": lam, "delta": delta, "gamma": gamma}
 
 
+def _check_active(columns):
+    """Raises ConfigError where a token uses more parameters than there are."""
+    require(bool((columns["active_params"] <= columns["params"]).all()),
+            "active_params is above params in some runs: params counts all experts, active_params those a token uses")
+
+
 def _sparse_starts(excess):
     grid = _chinchilla_starts(excess)[::5]
     half = grid[:, 0] + np.log(0.5)
@@ -316,7 +322,8 @@ _LAWS = (
     Law("moe-sparsity", "mixture of experts, total and active parameters",
         "L = E + A / N^alpha + B / D^beta + c / (1 - S)^lambda + d / ((1 - S)^delta N^gamma), 1 - S = N_active / N",
         "Abnar et al. 2025 (arXiv:2501.12370)", ("params", "tokens", "active_params"), 10, ("alpha", "beta"),
-        _sparse, _sparse_natural, _sparse_starts, {"E": 0, "alpha": 5, "beta": 6, "lambda": 7}),
+        _sparse, _sparse_natural, _sparse_starts, {"E": 0, "alpha": 5, "beta": 6, "lambda": 7},
+        check=_check_active),
     Law("step-learning-rate", "Step Law, learning rate", "eta = c N^alpha D^beta",
         "Li et al. 2025 (arXiv:2503.04715), equation 1", ("params", "tokens"), 3, (),
         _best_rate, _best_rate_natural, lambda excess: np.zeros((1, 3)), {"alpha": 1, "beta": 2},

@@ -147,6 +147,16 @@ def test_the_data_constrained_law_needs_repetition(tmp_path):
             point_fit(law, read_runs(path, law.needed))
 
 
+def test_active_parameters_are_part_of_all(tmp_path):
+    params, tokens = ladder()
+    path = write_csv(tmp_path / "runs.csv", params=params.tolist(), tokens=tokens.tolist(),
+                     active_params=(params * np.linspace(0.5, 2, 35)).tolist(),
+                     loss=chinchilla_loss(params, tokens).tolist())
+    law = find_law("moe-sparsity")
+    with pytest.raises(ConfigError, match="active_params is above params"):
+        point_fit(law, read_runs(path, law.needed))
+
+
 def test_an_unknown_law_names_those_there_are():
     with pytest.raises(ConfigError, match="chinchilla-tied"):
         find_law("chinchila")
