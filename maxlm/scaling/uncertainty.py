@@ -80,7 +80,7 @@ def percentile(values: np.ndarray, level: float) -> Interval:
 
 
 def bca(values: np.ndarray, estimate: float, jackknife: np.ndarray, level: float) -> Interval:
-    """Bias-corrected and accelerated percentile interval (Efron 1987, equations 1.9 and 2.3)."""
+    """Bias-corrected and accelerated percentile interval (Efron 1987)."""
     normal = NormalDist()
     values, jackknife = np.clip(values[~np.isnan(values)], -HUGE, HUGE), jackknife[np.isfinite(jackknife)]
     below = (np.sum(values < estimate) + 0.5) / (values.size + 1)

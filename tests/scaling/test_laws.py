@@ -29,7 +29,7 @@ def granularity(tokens):
 
 
 def data_constrained_loss(n, d, u, E, A, B, alpha, R_D, R_N):
-    """Muennighoff et al. 2023, section 3.1, in its own words; U_N is where A / U_N^alpha = B / u^alpha."""
+    """Muennighoff et al. 2023, as published; U_N is where A / U_N^alpha = B / u^alpha."""
     u_n = np.minimum((A / B) ** (1 / alpha) * u, n)
     d_effective = u + u * R_D * (1 - np.exp(-(d / u - 1) / R_D))
     n_effective = u_n + u_n * R_N * (1 - np.exp(-(n / u_n - 1) / R_N))
