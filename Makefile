@@ -1,11 +1,13 @@
 # Each target makes its own virtual environment from Python and pip alone.
 #   make demo                     train the quickstart (runs/quickstart)
 #   make test                     lint and all tests;  make test TESTS=tests/data FLAGS="-m 'not slow' -x"
+#   make test PARALLEL=           one test file at a time, to look at one
 #   make test PYTHON=python3.12   with another interpreter;  VENV=... to keep its environment apart
 PYTHON ?= python3
 VENV ?= .venv-test
 TESTS ?= tests
 FLAGS ?=
+PARALLEL ?= -n 2 --dist loadfile
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
 
 # pip would compile every file of every dependency, most of which are never imported: a third of the time of an
@@ -19,7 +21,7 @@ demo: .venv-demo/installed
 
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest $(FLAGS) $(TESTS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(FLAGS) $(TESTS)
 
 .venv-demo/installed: setup.cfg pyproject.toml
 	@echo "Installing maxlm into .venv-demo ($$($(PYTHON) --version))"

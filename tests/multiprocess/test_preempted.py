@@ -29,13 +29,14 @@ def steps_logged(run):
 
 
 def life(config, run, processes, told, signals, after_step):
-    """Starts all, signals those in `told` once `after_step` is logged, 0.05 s apart; how each ended."""
+    """Starts all, sends those in `told` each of `signals` once `after_step` is logged, 0.05 s apart, until they have
+    ended; how each ended."""
     started = start(config, run, *SETTINGS, f"train.num_steps={STEPS}", processes=processes, devices=4 // processes)
     deadline = time.monotonic() + 300
     while steps_logged(run) < after_step and time.monotonic() < deadline and all(p.poll() is None for p in started):
         time.sleep(0.01)
     for number in signals:
-        for index in told:
+        for index in told:  # nothing is sent to one that has ended
             started[index].send_signal(number)
         time.sleep(0.05)
     return finish(started)
@@ -59,7 +60,8 @@ def test_all_save_one_step_and_the_run_goes_on(config, tmp_path, processes, told
 
 def test_a_second_signal_ends_at_once_and_harms_nothing(config, tmp_path):
     run = tmp_path / "run"
-    ends = life(config, run, 2, (1,), [signal.SIGTERM, signal.SIGTERM], after_step=21)
+    # Two at once may arrive as one, and a busy machine looks late: sent until it has ended.
+    ends = life(config, run, 2, (1,), [signal.SIGTERM] * 100, after_step=21)
     assert ends[1].code == 128 + signal.SIGTERM, ends[1].error
     assert ends[0].code in (75, -signal.SIGABRT), ends[0].error  # noticed by gloo, or by JAX's service
     saved = latest_step(run / "checkpoints")
