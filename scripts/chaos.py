@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -45,6 +46,8 @@ def main() -> int:
     if failed or arguments.only is not None:
         print(f"logs: {work}", file=sys.stderr)
     elif not arguments.work:
+        for disk in work.glob("*/disk"):  # each scenario's own tmpfs, where mounting is permitted
+            subprocess.run(["umount", disk], capture_output=True)
         shutil.rmtree(work)
     return 1 if failed else 0
 
