@@ -286,9 +286,11 @@ def test_ctrl_c_during_prepare(tmp_path):
     words = ["data", "prepare", "--source", "python-stdlib", "--out", str(out), "--tokenizer", "bytes",
              "--seq-len", "128"]
     package = str(pathlib.Path(maxlm.cli.__file__).parents[1])
-    process = subprocess.Popen([sys.executable, "-P", "-m", "maxlm", *words], stderr=subprocess.PIPE, text=True,
-                               env=dict(PYTHONPATH=package, PATH="/usr/bin:/bin"),
-                               preexec_fn=restore_ctrl_c)
+    # Started in the background of a script, the tests themselves, and so their children, ignore the signal.
+    command = ("import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+               "sys.argv[0] = 'maxlm'; runpy.run_module('maxlm', run_name='__main__')")
+    process = subprocess.Popen([sys.executable, "-P", "-c", command, *words], stderr=subprocess.PIPE, text=True,
+                               env=dict(PYTHONPATH=package, PATH="/usr/bin:/bin"))
     while not (out / ".work").exists() and process.poll() is None:
         pass_time()
     process.send_signal(signal.SIGINT)
@@ -296,13 +298,6 @@ def test_ctrl_c_during_prepare(tmp_path):
     assert process.returncode == 130, error
     assert error.strip().splitlines()[-1] == "maxlm: interrupted; nothing is lost, the same command starts again"
     assert "Traceback" not in error and not (out / "manifest.json").exists()
-
-
-def restore_ctrl_c():
-    """Started in the background of a script, these tests inherit that it is ignored."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def pass_time():
