@@ -5,6 +5,7 @@ The convention of `training_flops_per_token`, on which every MFU that maxlm repo
 - A product of [m, k] by [k, n] is 2mkn FLOPs. Only matrix products count: no norms, softmax or rotary work.
 - The backward pass is twice the forward pass. Rematerialisation adds nothing: it is not useful work.
 - The output head counts, tied or not. The embedding look-up does not: it is a gather.
+- Of a mixture of experts the router, the shared experts and the `experts_per_token` experts of a token count.
 - Attention counts the query-key pairs that a causal mask shows, (T + 1) / 2 keys a query on average, fewer under a
   sliding window. A packed row counts as one document, so MFU does not depend on the data.
 
@@ -25,27 +26,36 @@ class ParameterCount:
 
     embedding: int
     attention: int
-    mlp: int
+    mlp: int  # dense layers and shared experts
     norms: int  # RMSNorm gains, QK-norm's included
     head: int
+    router: int = 0
+    experts: int = 0  # all routed experts, their biases included
+    active_experts: int = 0  # those of one token
+    biases: int = 0  # of the routers: they select, nothing multiplies them
 
     @property
     def total(self) -> int:
-        return self.embedding + self.attention + self.mlp + self.norms + self.head
+        return self.embedding + self.head + self.non_embedding
+
+    @property
+    def active(self) -> int:
+        """Those that one token meets: all but the experts it does not take."""
+        return self.total - self.experts + self.active_experts
 
     @property
     def non_embedding(self) -> int:
         """All but the vocabulary's two tables: the N of Kaplan et al. 2020 (arXiv:2001.08361), section 2.1."""
-        return self.attention + self.mlp + self.norms
+        return self.attention + self.mlp + self.norms + self.router + self.experts + self.biases
 
     @property
     def matmul(self) -> int:
-        """Those that multiply every token: the layers' matrices and the output head, tied or not."""
-        return self.attention + self.mlp + (self.head or self.embedding)
+        """Those that multiply a token: its layers' matrices and the output head, tied or not."""
+        return self.attention + self.mlp + self.router + self.active_experts + (self.head or self.embedding)
 
 
 def parameter_count(model: ModelConfig) -> ParameterCount:
-    """Exact parameter counts of `maxlm.model.Transformer` for this config. There are no biases."""
+    """Exact parameter counts of `maxlm.model.Transformer` for this config. Only experts can have biases."""
     width, head = model.hidden_dim, model.head_dim
     query_and_output = 2 * width * model.num_heads * head
     key_and_value = 2 * width * model.num_kv_heads * head
@@ -53,12 +63,19 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
     sublayer_norms = 4 if model.norm_placement == "both" else 2
     norms_per_layer = sublayer_norms * width + (2 * head if model.qk_norm else 0)
     table = model.vocab_size * width
+    moe, sparse = model.moe, model.num_layers - model.moe.dense_layers if model.num_experts else 0
+    expert = 3 * width * model.expert_dim + (2 * model.expert_dim + width if moe.expert_bias else 0)
+    shared = 3 * width * model.expert_dim * moe.shared_experts
     return ParameterCount(
         embedding=table,
         attention=model.num_layers * (query_and_output + key_and_value),
-        mlp=model.num_layers * mlp_matrices * width * model.mlp_dim,
+        mlp=(model.num_layers - sparse) * mlp_matrices * width * model.mlp_dim + sparse * shared,
         norms=model.num_layers * norms_per_layer + width,
         head=0 if model.tie_embeddings else table,
+        router=sparse * width * model.num_experts,
+        experts=sparse * model.num_experts * expert,
+        active_experts=sparse * model.experts_per_token * expert,
+        biases=sparse * model.num_experts if moe.bias_rate else 0,
     )
 
 

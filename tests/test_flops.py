@@ -72,7 +72,7 @@ def xla_training_flops(model, rows, seq_len):
     batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), shape)
 
     def loss(transformer, batch):
-        return summed_loss(transformer, batch, z_loss=0.0, chunks=1).loss
+        return summed_loss(transformer, batch, z_loss=0.0, chunks=1)[0].loss
 
     step = jax.jit(jax.grad(loss, allow_int=True))
     return step.lower(jax.eval_shape(lambda: build(model)), batch).cost_analysis()["flops"]

@@ -186,9 +186,9 @@ class MeshConfig:
         for name in AXES:
             size = getattr(self, name)
             require(size == "rest" or size > 0, f"mesh.{name}={size!r} must be 1 or more (sizes are absolute numbers)")
-        for name in ("stage", "expert", "context"):
+        for name in ("stage", "context"):
             require(getattr(self, name) == 1, f"mesh.{name}={getattr(self, name)} is not built yet: set it to 1 and "
-                                               "use mesh.data, mesh.fsdp or mesh.tensor")
+                                               "use mesh.data, mesh.fsdp, mesh.expert or mesh.tensor")
 
 
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
@@ -219,13 +219,16 @@ class RematConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How the step is computed, never what: attention kernel, layer loop, loss chunks.
+    """How the step is computed, never what: kernels, layer loop, loss chunks, the way of tokens to their experts.
 
+    expert_exchange: along mesh.expert; 'auto' is ragged_all_to_all on TPUs and all_to_all elsewhere (docs/MOE.md).
     layer_unroll: repeats of the layer pattern compiled into one scan iteration; 'all' unrolls the whole stack.
     loss_chunks: pieces of the sequence whose logits exist at one time; 'auto' picks from the vocabulary.
     """
 
     attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
+    grouped_matmul: Literal["auto", "blocks", "ragged_dot", "mosaic_gpu"] = "auto"
+    expert_exchange: Literal["auto", "all_to_all", "ragged_all_to_all", "all_gather"] = "auto"
     layer_unroll: int | Literal["all"] = 1
     loss_chunks: int | Literal["auto"] = "auto"
 

@@ -38,6 +38,53 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """How tokens find their experts, where `model.num_experts` is not 0. The router is float32 in every recipe.
+
+    scores, normalize_weights, weight_scale: softmax or sigmoid of the router's logits; the chosen experts' scores,
+    divided by their sum or not, times a constant, weigh their outputs.
+    bias_rate: a bias that only selects moves by this much after each step, towards equal load (DeepSeek-V3,
+    arXiv:2412.19437, section 2.1.2); 0: no bias.
+    num_groups, groups_per_token: a token chooses among the experts of its best groups (same, section 2.1.2).
+    balance_loss: coefficient of E * sum(load * score) (Switch, arXiv:2101.03961, equation 4), a mean over layers, taken
+    over each sequence or over the (micro)batch of all devices. router_z_loss: of logsumexp^2 (ST-MoE, arXiv:2202.08906,
+    equation 5). jitter: the router's input times a uniform draw from 1 +- jitter (Switch, section 2.2).
+    shared_experts: every token also takes an MLP of this many expert_dims. dense_layers: the first layers keep a dense
+    MLP. expert_bias: the experts' products have biases (gpt-oss).
+    capacity_factor: 0 drops no token; above 0 each expert takes this multiple of an even share and drops the rest.
+    buffer_factor: rows that a device has room for when experts are on several, as a multiple of an even share, what is
+    beyond being dropped and counted (`dropped_tokens` in metrics.jsonl); 0: room for whatever may come.
+    """
+
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_weights: bool = True
+    weight_scale: float = 1.0
+    bias_rate: float = 0.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    balance_loss: float = 0.0
+    balance_over: Literal["sequence", "batch"] = "batch"
+    router_z_loss: float = 0.0
+    jitter: float = 0.0
+    shared_experts: int = 0
+    dense_layers: int = 0
+    expert_bias: bool = False
+    capacity_factor: float = 0.0
+    buffer_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.moe")
+        positive("model.moe", num_groups=self.num_groups, groups_per_token=self.groups_per_token,
+                 weight_scale=self.weight_scale)
+        not_negative("model.moe", **{name: getattr(self, name) for name in (
+            "bias_rate", "balance_loss", "router_z_loss", "jitter", "shared_experts", "dense_layers",
+            "capacity_factor", "buffer_factor")})
+        require(self.jitter < 1, f"model.moe.jitter={self.jitter} must be below 1")
+        require(self.groups_per_token <= self.num_groups, f"model.moe.groups_per_token={self.groups_per_token} is more "
+                f"than model.moe.num_groups={self.num_groups}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer. `layer_pattern` repeats over the layers and is the unit of the layer loop."""
 
@@ -59,9 +106,10 @@ class ModelConfig:
     attention_softcap: float = 0.0  # 0 means none (Gemma 2, arXiv:2408.00118)
     logit_softcap: float = 0.0
     init_std: float = 0.02
-    num_experts: int = 0
+    num_experts: int = 0  # 0: every MLP is dense
     experts_per_token: int = 0
-    expert_dim: int = 0
+    expert_dim: int = 0  # hidden units of one expert
+    moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
         check_types(self, "model")
@@ -80,7 +128,24 @@ class ModelConfig:
             f"model.num_layers={self.num_layers} must be a multiple of the {len(self.layer_pattern)} layers of "
             "model.layer_pattern",
         )
-        require(
-            self.num_experts == 0 and self.experts_per_token == 0 and self.expert_dim == 0,
-            "model.num_experts, experts_per_token and expert_dim must be 0: mixture of experts is not built yet",
-        )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        moe, experts = self.moe, self.num_experts
+        if not experts:
+            for name in ("experts_per_token", "expert_dim"):
+                require(getattr(self, name) == 0, f"model.{name}={getattr(self, name)} needs model.num_experts above 0")
+            require(moe == MoEConfig(), "model.moe is set but model.num_experts is 0: set both or neither")
+            return
+        positive("model", num_experts=experts, experts_per_token=self.experts_per_token, expert_dim=self.expert_dim)
+        require(experts % moe.num_groups == 0,
+                f"model.num_experts={experts} is not a multiple of model.moe.num_groups={moe.num_groups}")
+        reach = experts // moe.num_groups * moe.groups_per_token
+        require(self.experts_per_token <= reach, f"model.experts_per_token={self.experts_per_token} is more than the "
+                f"{reach} experts that a token can choose among")
+        require(moe.dense_layers < self.num_layers and moe.dense_layers % len(self.layer_pattern) == 0,
+                f"model.moe.dense_layers={moe.dense_layers} must be below model.num_layers={self.num_layers} and a "
+                f"multiple of the {len(self.layer_pattern)} layers of model.layer_pattern")
+        require(self.activation != "gelu", "model.activation='gelu' has no experts: use 'swiglu' or 'geglu'")
+        require(not (moe.capacity_factor and moe.buffer_factor),
+                "model.moe.capacity_factor bounds the rows already: set model.moe.buffer_factor=0")

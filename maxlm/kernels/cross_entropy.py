@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.sharding import BATCH, STORAGE, has_mesh
+from maxlm.parallel.sharding import BATCH, SHARD, STORAGE, has_mesh, shard_count
 
 MAX_LOGITS_BYTES = 2**31  # float32 logits of one chunk on one device
 
@@ -71,9 +71,9 @@ def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, shard
     """One device's rows: sums over the mesh, this device's rows of dx, its shard of dw."""
     batch, length, width = x_BTD.shape
     w_VD = w_VD.astype(x_BTD.dtype)
-    split = sharded and jax.lax.axis_size("fsdp") > 1  # the CPU backend copies even for a gather of one
+    split = sharded and shard_count() > 1  # the CPU backend copies even for a gather of one
     if split:
-        w_VD = jax.lax.all_gather(w_VD, "fsdp", axis=1, tiled=True)
+        w_VD = jax.lax.all_gather(w_VD, SHARD, axis=1, tiled=True)
     first = jax.lax.axis_index("tensor") * w_VD.shape[0] if sharded else 0
     count = num_chunks(batch, length, w_VD.shape[0]) if chunks == "auto" else chunks
     assert length % count == 0, f"{count} chunks do not divide sequence length {length}"
@@ -103,7 +103,7 @@ def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, shard
     if sharded:
         dx_BTD = jax.lax.psum(dx_BTD, "tensor")
         if split:
-            dw_VD = jax.lax.psum_scatter(dw_VD, "fsdp", scatter_dimension=1, tiled=True)
+            dw_VD = jax.lax.psum_scatter(dw_VD, SHARD, scatter_dimension=1, tiled=True)
         dw_VD = jax.lax.psum(dw_VD, "data" if split else BATCH)
     return sums, dx_BTD, dw_VD
 

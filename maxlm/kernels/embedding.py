@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.sharding import BATCH, STORAGE, has_mesh
+from maxlm.parallel.sharding import BATCH, SHARD, STORAGE, has_mesh, shard_count
 
 _TABLE = P(STORAGE["vocab"], STORAGE["embed"])
 
@@ -109,12 +109,12 @@ def _carry(left, right):
 def _sharded_scatter(dx_BTD, tokens_BT, *, vocab):
     shard = vocab // jax.lax.axis_size("tensor")
     dw_VD = _scatter(dx_BTD, tokens_BT, vocab=shard, first=jax.lax.axis_index("tensor") * shard)
-    if jax.lax.axis_size("fsdp") == 1:
+    if shard_count() == 1:
         return jax.lax.psum(dw_VD, BATCH)
-    return jax.lax.psum(jax.lax.psum_scatter(dw_VD, "fsdp", scatter_dimension=1, tiled=True), "data")
+    return jax.lax.psum(jax.lax.psum_scatter(dw_VD, SHARD, scatter_dimension=1, tiled=True), "data")
 
 
 def _gathered(shard_VD):
-    if jax.lax.axis_size("fsdp") == 1:
+    if shard_count() == 1:
         return shard_VD
-    return jax.lax.all_gather(shard_VD, "fsdp", axis=1, tiled=True)
+    return jax.lax.all_gather(shard_VD, SHARD, axis=1, tiled=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +12,46 @@ from flax import nnx
 from maxlm.config import ModelConfig
 from maxlm.model.attention import Cache, SelfAttention
 from maxlm.model.mlp import MLP
+from maxlm.model.moe.layer import MoE
+from maxlm.model.moe.load import Load
 from maxlm.model.norm import RMSNorm
 from maxlm.model.rope import Rotation
 
 
-class Block(nnx.Module):
-    """x + sublayer(norm(x)), twice ('pre'); x + norm(sublayer(x)) ('post'); or a norm on either side ('both')."""
+class Kernels(NamedTuple):
+    """What a model computes with: names from the choices of kernels/, and of model/moe/exchange.py."""
 
-    def __init__(self, config: ModelConfig, kind: str, kernel: str, dtype: jnp.dtype, rngs: nnx.Rngs):
+    attention: str = "reference"
+    grouped_matmul: str = "blocks"
+    exchange: str = "all_to_all"
+
+
+PLAIN = Kernels()  # on any platform
+
+
+class Block(nnx.Module):
+    """x + sublayer(norm(x)), twice ('pre'); x + norm(sublayer(x)) ('post'); or a norm on either side ('both').
+
+    sparse: the feed-forward sublayer is a mixture of experts, and the layer also returns what its router did.
+    """
+
+    def __init__(self, config: ModelConfig, kind: str, sparse: bool, kernels: Kernels, dtype: jnp.dtype,
+                 rngs: nnx.Rngs):
         window = config.sliding_window if kind == "local" else None
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
         norm = lambda wanted: RMSNorm(config.hidden_dim, config.norm_eps) if wanted else None  # noqa: E731
         self.attention_norm, self.attention_post_norm = norm(before), norm(after)
-        self.attention = SelfAttention(config, window, kernel, dtype, rngs)
+        self.attention = SelfAttention(config, window, kernels.attention, dtype, rngs)
         self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
-        self.mlp = MLP(config, dtype, rngs)
+        if sparse:
+            self.mlp = MoE(config, kernels.grouped_matmul, kernels.exchange, dtype, rngs)
+        else:
+            self.mlp = MLP(config, config.mlp_dim, dtype, rngs)
 
-    def __call__(self, x_BTD: jax.Array, turn: Rotation, segment_ids_BT: jax.Array) -> jax.Array:
-        return self._layer(x_BTD, lambda h: self.attention(h, turn, segment_ids_BT))
+    def __call__(self, x_BTD: jax.Array, turn: Rotation, segment_ids_BT: jax.Array,
+                 key: jax.Array | None = None) -> tuple[jax.Array, Load | None]:
+        """key: for what is random in training (the router's jitter)."""
+        return self._layer(x_BTD, lambda h: self.attention(h, turn, segment_ids_BT), segment_ids_BT, key)
 
     def decode(self, x_BTD: jax.Array, turn: Rotation, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
         """The layer on new tokens alone, with the cache of the earlier ones; returns the longer cache."""
@@ -39,11 +62,17 @@ class Block(nnx.Module):
             out_BTD, longer = self.attention.decode(h_BTD, turn, cache, start)
             return out_BTD
 
-        return self._layer(x_BTD, attend), longer
+        return self._layer(x_BTD, attend, jnp.ones(x_BTD.shape[:2], jnp.int32))[0], longer
 
-    def _layer(self, x_BTD: jax.Array, attend: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    def _layer(self, x_BTD: jax.Array, attend: Callable[[jax.Array], jax.Array], segment_ids_BT: jax.Array,
+               key: jax.Array | None = None) -> tuple[jax.Array, Load | None]:
         x_BTD = x_BTD + _normed(self.attention_post_norm, attend(_normed(self.attention_norm, x_BTD)))
-        return x_BTD + _normed(self.mlp_post_norm, self.mlp(_normed(self.mlp_norm, x_BTD)))
+        h_BTD, load = _normed(self.mlp_norm, x_BTD), None
+        if isinstance(self.mlp, MoE):
+            h_BTD, load = self.mlp(h_BTD, segment_ids_BT, key)
+        else:
+            h_BTD = self.mlp(h_BTD)
+        return x_BTD + _normed(self.mlp_post_norm, h_BTD), load
 
 
 def _normed(norm: RMSNorm | None, x: jax.Array) -> jax.Array:

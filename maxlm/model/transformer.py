@@ -15,7 +15,8 @@ from flax import nnx
 from maxlm.config import ModelConfig
 from maxlm.kernels.embedding import embedding_lookup
 from maxlm.model.attention import Cache
-from maxlm.model.block import Block
+from maxlm.model.block import PLAIN, Block, Kernels
+from maxlm.model.moe.load import Load
 from maxlm.model.norm import RMSNorm
 from maxlm.model.parameter import matrix
 from maxlm.model.rope import rotation
@@ -32,14 +33,17 @@ class Transformer(nnx.Module):
     """tokens [B, T] -> final hidden states [B, T, D]. The head's product is in the loss (kernels/cross_entropy)
     or in `logits`, so that float32 logits of a whole batch never exist."""
 
-    def __init__(self, config: ModelConfig, *, kernel: str, dtype: jnp.dtype, remat: str, unroll: int | str,
+    def __init__(self, config: ModelConfig, *, kernels: Kernels, dtype: jnp.dtype, remat: str, unroll: int | str,
                  rngs: nnx.Rngs):
         table = (config.vocab_size, config.hidden_dim)
         self.embedding = matrix(rngs, table, ("vocab", "embed"), config.init_std)
-        for j, kind in enumerate(config.layer_pattern):
-            keys = jax.random.split(rngs.params(), config.num_layers // len(config.layer_pattern))
-            stack = jax.vmap(lambda key, kind=kind: Block(config, kind, kernel, dtype, nnx.Rngs(key)))(keys)
-            setattr(self, f"layers_{j}", stack)
+        for name, (first, last) in self._parts(config).items():
+            for j, kind in enumerate(config.layer_pattern):
+                keys = jax.random.split(rngs.params(), (last - first) // len(config.layer_pattern))
+                sparse = name == "layers" and config.num_experts > 0
+                block = lambda key, kind=kind, sparse=sparse: Block(  # noqa: E731
+                    config, kind, sparse, kernels, dtype, nnx.Rngs(key))
+                setattr(self, f"{name}_{j}", jax.vmap(block)(keys))
         self.final_norm = RMSNorm(config.hidden_dim, config.norm_eps)
         self.head = None if config.tie_embeddings else matrix(rngs, table, ("vocab", "embed"), config.init_std)
         self.config = config
@@ -53,37 +57,56 @@ class Transformer(nnx.Module):
         return self.embedding if self.head is None else self.head
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        return self.hidden(self.embed(tokens_BT), positions_BT, segment_ids_BT)
+        return self.hidden(self.embed(tokens_BT), positions_BT, segment_ids_BT)[0]
 
-    def hidden(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        """Final hidden states [B, T, D] of embedded tokens."""
+    def hidden(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array,
+               key: jax.Array | None = None) -> tuple[jax.Array, Load | None]:
+        """Final hidden states [B, T, D] of embedded tokens, and what the routers did, stacked over the sparse layers
+        (None where there are none). key: for what is random in training."""
         turn = rotation(self.config.rope, self.config.head_dim, positions_BT)
 
-        def repeat(x_BTD: jax.Array, blocks: tuple[Block, ...]) -> jax.Array:
-            for block in blocks:
-                x_BTD = block(x_BTD, turn, segment_ids_BT)
-            return x_BTD
+        def repeat(x_BTD: jax.Array, blocks_and_keys: Any) -> tuple[jax.Array, Load | None]:
+            loads = []
+            for block, layer_key in zip(*blocks_and_keys, strict=True):
+                x_BTD, load = block(x_BTD, turn, segment_ids_BT, layer_key)
+                loads.append(load)
+            return x_BTD, _stacked(loads)
 
         if self.remat != "none":
             # A loop keeps forward and backward apart by itself; without one, or in a loop of one turn, the compiler
             # would find the recomputed values in the forward pass and keep those instead.
             scanned = self.unroll != "all" and self.unroll < self.num_repeats
             repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[self.remat], prevent_cse=not scanned)
-        stacks = self.stacks()
-        if self.unroll == "all":
-            for blocks in _unstacked(stacks):
-                x_BTD = repeat(x_BTD, blocks)
-        else:
-            x_BTD, _ = jax.lax.scan(lambda x, blocks: (repeat(x, blocks), None), x_BTD, stacks, unroll=self.unroll)
-        return self.final_norm(x_BTD)
+        for name, (first, last) in self._parts(self.config).items():
+            stacks = self.stacks(name)
+            keys = (None,) * len(stacks) if key is None else _layer_keys(key, first, last, len(stacks))
+            if self.unroll == "all":
+                loads = []
+                for turn_of_blocks in _unstacked((stacks, keys)):
+                    x_BTD, load = repeat(x_BTD, turn_of_blocks)
+                    loads.append(load)
+                loads = _stacked(loads)
+            else:
+                x_BTD, loads = jax.lax.scan(repeat, x_BTD, (stacks, keys), unroll=self.unroll)
+        if loads is not None:  # [repeats, place in the pattern, ...] -> [sparse layers, ...]
+            loads = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), loads)
+        return self.final_norm(x_BTD), loads
+
+    @staticmethod
+    def _parts(config: ModelConfig) -> dict[str, tuple[int, int]]:
+        """Name -> (first layer, the one after the last) of each part of the layer loop: dense layers before sparse."""
+        dense = config.moe.dense_layers
+        parts = {"dense_layers": (0, dense), "layers": (dense, config.num_layers)}
+        return {name: ends for name, ends in parts.items() if ends[0] < ends[1]}
 
     @property
     def num_repeats(self) -> int:
-        return self.config.num_layers // len(self.config.layer_pattern)
+        """Repeats of the layer pattern in the longest part of the loop."""
+        return max(last - first for first, last in self._parts(self.config).values()) // len(self.config.layer_pattern)
 
-    def stacks(self) -> tuple[Block, ...]:
+    def stacks(self, part: str) -> tuple[Block, ...]:
         """The stacked blocks of each place in the layer pattern."""
-        return tuple(getattr(self, f"layers_{j}") for j in range(len(self.config.layer_pattern)))
+        return tuple(getattr(self, f"{part}_{j}") for j in range(len(self.config.layer_pattern)))
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         return embedding_lookup(self.embedding[...], tokens_BT, self.dtype)
@@ -94,7 +117,8 @@ class Transformer(nnx.Module):
         cap = self.config.logit_softcap
         return cap * jnp.tanh(logits / cap) if cap else logits
 
-    def decode(self, tokens_BT: jax.Array, cache: tuple[Cache, ...], start: jax.Array) -> tuple[jax.Array, Any]:
+    def decode(self, tokens_BT: jax.Array, cache: dict[str, tuple[Cache, ...]],
+               start: jax.Array) -> tuple[jax.Array, Any]:
         """Hidden states [B, T, D] of new tokens at positions start.., and the caches with them in place."""
         positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
         turn = rotation(self.config.rope, self.config.head_dim, positions_BT)
@@ -106,24 +130,42 @@ class Transformer(nnx.Module):
                 longer.append(layer_cache)
             return x_BTD, tuple(longer)
 
-        x_BTD, cache = jax.lax.scan(repeat, self.embed(tokens_BT), (self.stacks(), cache))
+        x_BTD = self.embed(tokens_BT)
+        cache = dict(cache)
+        for name in cache:
+            x_BTD, cache[name] = jax.lax.scan(repeat, x_BTD, (self.stacks(name), cache[name]))
         return self.final_norm(x_BTD), cache
 
-    def empty_cache(self, batch: int, length: int) -> tuple[Cache, ...]:
-        """Zeroed caches for `length` tokens: one a place in the layer pattern, each stacked over the repeats."""
-        shape = (self.num_repeats, batch, length, self.config.num_kv_heads, self.config.head_dim)
-        return tuple(
-            Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in self.config.layer_pattern
-        )
+    def empty_cache(self, batch: int, length: int) -> dict[str, tuple[Cache, ...]]:
+        """Zeroed caches for `length` tokens: of each part of the layer loop, one a place in the layer pattern, stacked
+        over its repeats."""
+        cache = {}
+        for name, (first, last) in self._parts(self.config).items():
+            repeats = (last - first) // len(self.config.layer_pattern)
+            shape = (repeats, batch, length, self.config.num_kv_heads, self.config.head_dim)
+            cache[name] = tuple(
+                Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in self.config.layer_pattern
+            )
+        return cache
 
 
-def _unstacked(stacks: tuple[Block, ...]) -> list[tuple[Block, ...]]:
-    """The blocks of each repeat out of the stacks."""
+def _unstacked(stacks: Any) -> list[Any]:
+    """The blocks (and keys) of each repeat out of the stacks."""
     leaves, structure = jax.tree.flatten(stacks)
     return [structure.unflatten(repeat) for repeat in zip(*map(unstack, leaves), strict=True)]
 
 
-def make_transformer(config: ModelConfig, key: jax.Array, *, kernel: str = "reference",
+def _stacked(loads: list[Load | None]) -> Load | None:
+    return None if loads[0] is None else jax.tree.map(lambda *parts: jnp.stack(parts), *loads)
+
+
+def _layer_keys(key: jax.Array, first: int, last: int, places: int) -> tuple[jax.Array, ...]:
+    """A key for each of the layers, one array a place in the layer pattern."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(first, last))
+    return tuple(keys[place::places] for place in range(places))
+
+
+def make_transformer(config: ModelConfig, key: jax.Array, *, kernels: Kernels = PLAIN,
                      dtype: jnp.dtype = jnp.float32, remat: str = "none", unroll: int | str = 1) -> Transformer:
     """A freshly initialised decoder. Equal keys give equal bits on any mesh."""
-    return Transformer(config, kernel=kernel, dtype=dtype, remat=remat, unroll=unroll, rngs=nnx.Rngs(params=key))
+    return Transformer(config, kernels=kernels, dtype=dtype, remat=remat, unroll=unroll, rngs=nnx.Rngs(params=key))

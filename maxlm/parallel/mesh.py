@@ -23,7 +23,7 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     if sizes["fsdp"] == "rest":
         if num_devices % others:
             raise ConfigError(
-                f"mesh.data * mesh.tensor = {others} does not divide the {num_devices} devices: "
+                f"mesh.data * mesh.expert * mesh.tensor = {others} does not divide the {num_devices} devices: "
                 "choose sizes whose product divides them"
             )
         sizes["fsdp"] = num_devices // others
@@ -48,16 +48,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:
     """Raises ConfigError, naming the field and the fix, where a sharded size is not a multiple of its axes."""
-    batch, tensor, fsdp = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"], mesh.shape["fsdp"]
+    tensor, fsdp, expert = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert"))
+    batch = mesh.shape["data"] * fsdp * expert
     microbatch = train.global_batch_size // train.grad_accumulation
     if microbatch % batch:
         raise ConfigError(
             f"train.global_batch_size / train.grad_accumulation = {microbatch} is not a multiple of "
-            f"mesh.data * mesh.fsdp = {batch}: raise the batch to a multiple of {batch * train.grad_accumulation} "
+            f"mesh.data * mesh.fsdp * mesh.expert = {batch}: raise the batch to a multiple of "
+            f"{batch * train.grad_accumulation} "
             "or use fewer devices along these axes"
         )
     for field, size, axis, ways in (
-        ("hidden_dim", model.hidden_dim, "fsdp", fsdp),
+        ("hidden_dim", model.hidden_dim, "fsdp * mesh.expert", fsdp * expert),
+        ("num_experts", model.num_experts, "expert", expert),
+        ("expert_dim", model.expert_dim, "tensor", tensor),
         ("num_kv_heads", model.num_kv_heads, "tensor", tensor),
         ("mlp_dim", model.mlp_dim, "tensor", tensor),
         ("vocab_size", model.vocab_size, "tensor", tensor),

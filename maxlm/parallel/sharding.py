@@ -1,13 +1,15 @@
 """Logical dims to mesh axes, in two layouts: how weights are stored, and how they are used.
 
 Fully sharded data parallelism (ZeRO-3, arXiv:1910.02054) is the difference between the two: a weight is stored
-split over `fsdp` and used gathered. The gather is the `reshard` in `use`, made on the cast weight, so that it moves
-bfloat16; its transpose scatters the gradient. Tensor parallelism (Megatron, arXiv:1909.08053) is in both layouts.
+split over `fsdp` (and `expert`) and used gathered. The gather is the `reshard` in `use`, made on the cast weight, so
+that it moves bfloat16; its transpose scatters the gradient. Tensor parallelism (Megatron, arXiv:1909.08053) is in both
+layouts, and so is expert parallelism for the experts' own weights.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,9 +18,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-BATCH = ("data", "fsdp")  # the axes that split the batch
-STORAGE = {"embed": "fsdp", "vocab": "tensor", "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
-COMPUTE = {**STORAGE, "embed": None}
+BATCH = ("data", "fsdp", "expert")  # the axes that split the batch
+SHARD = ("fsdp", "expert")  # the axes that split what every token multiplies; an expert's weights have `expert` apart
+STORAGE = {"embed": SHARD, "expert_embed": "fsdp", "experts": "expert", "vocab": "tensor", "kv_heads": "tensor",
+           "heads": "tensor", "mlp": "tensor"}
+COMPUTE = {**STORAGE, "embed": None, "expert_embed": None}
 ACTIVATION = {"batch": BATCH, "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
 
 Dims = tuple[str | None, ...]
@@ -68,6 +72,11 @@ def _product_backward(subscripts, sharding, kept, g):
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def shard_count() -> int:
+    """Inside a `shard_map`: over how many devices `embed` is split in storage."""
+    return math.prod(jax.lax.axis_size(axis) for axis in SHARD)
 
 
 def unstack(x: jax.Array) -> list[jax.Array]:

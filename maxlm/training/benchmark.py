@@ -20,7 +20,7 @@ from maxlm.flops import training_flops_per_token_full_attention
 from maxlm.parallel.mesh import check_divisible, make_mesh
 from maxlm.schema import to_dict
 from maxlm.training.evaluate import local_rows, to_device
-from maxlm.training.state import attention_of, init_state
+from maxlm.training.state import init_state, kernels_of
 from maxlm.training.step import compile_step
 from maxlm.training.throughput import Throughput
 
@@ -88,7 +88,7 @@ def _record(config, mesh, step, seconds, losses, compile_seconds, documents) -> 
         "step_seconds": {"median": median, "min": min(seconds), "max": max(seconds), "count": len(seconds)},
         "compile_seconds": compile_seconds,
         "bytes_per_chip": memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None,
-        "attention": attention_of(config, device)[0],
+        "attention": kernels_of(config, device)[0].attention,
         "documents_per_row": documents,
         "loss_first_last": [losses[0], losses[-1]],
         "config": to_dict(config),

@@ -4,8 +4,9 @@ Two comparisons, bit for bit, of what should be equal on different devices:
 - Stored: parameters and optimizer state are kept once by each replica along `data`. All copies must have one digest.
   An optimizer that went wrong on one replica shows here too, because every replica makes every update itself.
 - Computed: the forward and backward pass of the step's batch (one microbatch of it) is made twice, the second time with
-  every device group on the rows of the group before it along `data` and `fsdp`. What a row gives does not depend on
-  where it is computed, so each row's final hidden states and gradient at the embedding must be the same.
+  every device group on the rows of the group before it along `data` and `fsdp`. Devices that compute a row together
+  (along `tensor`, and along `expert`, whose rows meet in their experts) are one group. What a row gives does not depend
+  on where it is computed, so each row's final hidden states and gradient at the embedding must be the same.
 
 What it cannot see: a fault in a weight's gradient, which is summed over all devices before the update, so that every
 replica takes the same wrong step (the layers' forward and input gradients run on the same units); a fault that did not
@@ -91,8 +92,8 @@ class CorruptionCheck:
             return ""
         pairs = [{group, (group + 1) % self._groups} for group in np.flatnonzero(differ).tolist()]
         suspects = sorted(set.intersection(*pairs) or set.union(*pairs))
-        # [groups, devices of a group]: the batch axes first, in the order in which they number the groups
-        devices = np.moveaxis(self._mesh.devices, [AXES.index(axis) for axis in BATCH], [0, 1])
+        # [groups, devices of a group]: their axes first, in the order in which they number the groups
+        devices = np.moveaxis(self._mesh.devices, [AXES.index(axis) for axis in ("data", "fsdp")], [0, 1])
         devices = devices.reshape(self._groups, -1)
         return "the same rows give other bits on another device: " + "; or ".join(
             f"data={group // self._mesh.shape['fsdp']}, fsdp={group % self._mesh.shape['fsdp']} ("
@@ -117,7 +118,7 @@ def _row_results(params: Any, batch: Batch, z_loss: float, chunks: int | str) ->
     """Digests of each row's hidden states and of its gradient at the embedding, uint32 [B, 4]."""
 
     def objective(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sums, hidden_BTD = loss_of_embedded(params, x_BTD, batch, z_loss=z_loss, chunks=chunks)
+        sums, _, hidden_BTD = loss_of_embedded(params, x_BTD, batch, z_loss=z_loss, chunks=chunks)
         return sums.loss, hidden_BTD
 
     (_, hidden_BTD), dx_BTD = jax.value_and_grad(objective, has_aux=True)(params.embed(batch["tokens"]))
@@ -128,8 +129,8 @@ def _to_next_group(batch: Batch) -> Batch:
     """Each group's rows on the group after it."""
 
     def local(rows: Batch) -> Batch:
-        groups = jax.lax.axis_size(BATCH)
-        return jax.lax.ppermute(rows, BATCH, [(group, (group + 1) % groups) for group in range(groups)])
+        parts, together = jax.lax.axis_size(BATCH), jax.lax.axis_size("expert")  # the last of BATCH: neighbours
+        return jax.lax.ppermute(rows, BATCH, [(part, (part + together) % parts) for part in range(parts)])
 
     return jax.shard_map(local, in_specs=P(BATCH, None), out_specs=P(BATCH, None))(batch)
 

@@ -48,7 +48,7 @@ def make_evaluator(config: RunConfig, mesh: Mesh) -> Callable[..., Evaluation | 
 
     @functools.partial(jax.jit, compiler_options=options)
     def sums(params: Transformer, batch: Batch, bytes_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return objective(params, batch).nll, token_count(batch), jnp.sum(bytes_B)
+        return objective(params, batch)[0].nll, token_count(batch), jnp.sum(bytes_B)
 
     def evaluate(params: Transformer, heldout: Any, rows: Sequence[int],
                  stopped: Callable[[], bool] = lambda: False) -> Evaluation | None:

@@ -36,7 +36,7 @@ from maxlm.training.evaluate import Evaluation, local_rows, make_evaluator, to_d
 from maxlm.training.metrics import MetricsWriter, plot_loss
 from maxlm.training.progress import Progress
 from maxlm.training.saved_run import CHECKPOINTS, CONFIG_FILE, DATA, TOKENIZER, TOKENIZER_CONFIG
-from maxlm.training.state import TrainState, abstract_state, attention_of, init_state
+from maxlm.training.state import TrainState, abstract_state, init_state, kernels_of
 from maxlm.training.step import StepMetrics, compile_step
 from maxlm.training.step_ledger import StepLedger
 from maxlm.training.throughput import Throughput
@@ -71,13 +71,13 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
         with together("setting up"):
             mesh = make_mesh(config.mesh, devices)
             check_divisible(mesh, config.model, config.train)
-            kernel, reason = attention_of(config, mesh.devices.flat[0])
+            _, kernels = kernels_of(config, mesh.devices.flat[0])
             held.enter_context(RunLock(run_dir, process_index=jax.process_index()))
             if leader:  # prepares data.source on first use; the others wait here, and then find it prepared
                 datasets_of(config.data, config.train.seq_len, run_dir / DATA)
         held.enter_context(jax.set_mesh(mesh))
         say = _print if leader else _nothing
-        say(f"attention: {kernel}, {reason}")
+        say(kernels)
         if mesh.devices.flat[0].platform == "gpu":
             say("a GPU adds in no fixed order: a resumed run ends alike up to rounding, not bit for bit")
         with together("opening the data"):

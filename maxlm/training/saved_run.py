@@ -84,7 +84,7 @@ def tokenizer_of(run_dir: Path) -> Tokenizer:
 def generate(run_dir: Path, step: int | None, prompt: str, **options: Any) -> str:
     """`prompt` and its continuation by a checkpoint, restored onto one device."""
     config, step = load_config_of(run_dir, step)
-    mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, expert=1, tensor=1), jax.devices()[:1])
     return continue_text(_restored_params(config, run_dir, step, mesh), run_dir, prompt, **options)
 
 

@@ -12,8 +12,11 @@ from jax.sharding import Mesh
 
 from maxlm.config import RunConfig
 from maxlm.kernels.attention import choose_attention
+from maxlm.kernels.grouped_matmul import choose_grouped_matmul
 from maxlm.model import Transformer, make_transformer
+from maxlm.model.block import Kernels
 from maxlm.parallel.sharding import stored
+from maxlm.schema import ConfigError
 from maxlm.training.optimizer import make_optimizer
 
 DTYPES = {"float32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
@@ -29,20 +32,31 @@ class TrainState:
     opt_state: Any
 
 
-def attention_of(config: RunConfig, device: jax.Device) -> tuple[str, str]:
-    """(kernel, why): the attention kernel of a run on devices like `device`, which need not be attached."""
-    return choose_attention(
-        config.compute.attention, platform=device.platform, head_dim=config.model.head_dim,
-        seq_len=config.train.seq_len, softcap=config.model.attention_softcap,
-        compute_dtype=DTYPES[config.precision.recipe].name,
-        compute_capability=getattr(device, "compute_capability", None),
-    )
+def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
+    """(kernels, why, in a line): those of a run on devices like `device`, which need not be attached."""
+    model, compute = config.model, config.compute
+    where = {"platform": device.platform, "compute_dtype": DTYPES[config.precision.recipe].name,
+             "compute_capability": getattr(device, "compute_capability", None)}
+    attention, reason = choose_attention(compute.attention, head_dim=model.head_dim, seq_len=config.train.seq_len,
+                                         softcap=model.attention_softcap, **where)
+    told = f"attention: {attention}, {reason}"
+    if not model.num_experts:
+        return Kernels(attention), told
+    grouped, reason = choose_grouped_matmul(compute.grouped_matmul, width=model.hidden_dim,
+                                            expert_dim=model.expert_dim // config.mesh.tensor, **where)
+    exchange = compute.expert_exchange
+    if exchange == "ragged_all_to_all" and device.platform == "cpu":
+        raise ConfigError("compute.expert_exchange='ragged_all_to_all' does not run on cpu: set it to 'auto'")
+    if exchange == "auto":
+        exchange = "ragged_all_to_all" if device.platform == "tpu" else "all_to_all"
+    ways = f"; {exchange} between {config.mesh.expert} devices" if config.mesh.expert > 1 else ""
+    return Kernels(attention, grouped, exchange), f"{told}; experts: {grouped}, {reason}{ways}"
 
 
 def build_model(config: RunConfig, key: jax.Array, device: jax.Device) -> Transformer:
-    """The model of a run with the attention kernel and dtype for devices like `device`."""
+    """The model of a run with the kernels and dtype for devices like `device`."""
     return make_transformer(
-        config.model, key, kernel=attention_of(config, device)[0], dtype=DTYPES[config.precision.recipe],
+        config.model, key, kernels=kernels_of(config, device)[0], dtype=DTYPES[config.precision.recipe],
         remat=config.remat.policy, unroll=config.compute.layer_unroll,
     )
 

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.config import RunConfig
 from maxlm.hardware import compiler_options
+from maxlm.model.moe.balance import balanced
+from maxlm.model.moe.load import Load
 from maxlm.parallel.sharding import ACTIVATION, batch_sharding, has_mesh, spec
 from maxlm.training.digest import tree_digest
 from maxlm.training.loss import Batch, summed_loss, token_count
@@ -25,7 +27,7 @@ from maxlm.training.state import TrainState, abstract_state, optimizer_of
 class StepMetrics(NamedTuple):
     """Scalars of one step: mean loss in nats a token, norms of the whole gradient (before clipping) and update,
     the learning rate it used, the tokens that had a target, 1 where the update was skipped, else 0; and a digest of the
-    batch as the device saw it, uint32 [2].
+    batch as the device saw it, uint32 [2]. `load`: what the routers did, [sparse layers, ...], or None.
     """
 
     loss: jax.Array
@@ -35,28 +37,32 @@ class StepMetrics(NamedTuple):
     tokens: jax.Array
     skipped: jax.Array
     batch_digest: jax.Array
+    load: Load | None
 
 
 def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTransformation,
-               schedule: Callable[[jax.Array], jax.Array], microbatches: int, z_loss: float,
-               chunks: int | str) -> tuple[TrainState, StepMetrics]:
+               schedule: Callable[[jax.Array], jax.Array], microbatches: int, z_loss: float, chunks: int | str,
+               seed: int | None = None) -> tuple[TrainState, StepMetrics]:
     """One update. The loss is the mean over the whole batch's tokens, however they fall into microbatches.
 
     Where the loss or the gradient's norm is not finite the update is skipped: parameters and optimizer state, the
     count that drives the learning rate included, keep their bits, and `step` advances. Each new value is selected where
     it is made, inside the optimizer's own pass over the state: no host is asked and nothing is copied.
+    seed: of what is random in a step, together with its number; None: nothing is.
     """
     tokens = token_count(batch)
 
-    def objective(params: Any, part: Batch) -> tuple[jax.Array, jax.Array]:
-        sums = summed_loss(params, part, z_loss=z_loss, chunks=chunks)
-        return sums.loss / jnp.maximum(tokens, 1), sums.nll / jnp.maximum(tokens, 1)
+    def objective(params: Any, part: Batch, key: jax.Array | None) -> tuple[jax.Array, Any]:
+        sums, load = summed_loss(params, part, z_loss=z_loss, chunks=chunks, key=key)
+        load = jax.tree.map(lambda a: a * (token_count(part) / jnp.maximum(tokens, 1)), load)
+        return sums.loss / jnp.maximum(tokens, 1), (sums.nll / jnp.maximum(tokens, 1), load)
 
     gradient = jax.value_and_grad(objective, has_aux=True)
+    key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
     if microbatches == 1:
-        (_, loss), grads = gradient(state.params, batch)
+        (_, (loss, load)), grads = gradient(state.params, batch, key)
     else:
-        loss, grads = _accumulate(gradient, state.params, batch, microbatches)
+        (loss, load), grads = _accumulate(gradient, state.params, batch, key, microbatches)
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -64,6 +70,8 @@ def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTran
     params, opt_state = jax.tree.map(
         lambda new, old: jax.lax.select(good, new, old), (params, opt_state), (state.params, state.opt_state)
     )
+    if load is not None:
+        params = balanced(params, load.share_E, good)
     metrics = StepMetrics(
         loss=loss,
         grad_norm=grad_norm,
@@ -72,20 +80,24 @@ def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTran
         tokens=tokens,
         skipped=(~good).astype(jnp.int32),
         batch_digest=tree_digest(batch),
+        load=load,
     )
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def _accumulate(gradient: Callable, params: Any, batch: Batch, microbatches: int) -> tuple[jax.Array, Any]:
-    """Sums loss and gradients over equal slices of the batch, one at a time."""
+def _accumulate(gradient: Callable, params: Any, batch: Batch, key: jax.Array | None,
+                microbatches: int) -> tuple[Any, Any]:
+    """Sums loss, load and gradients over equal slices of the batch, one at a time."""
+    parts = ({name: split_rows(rows, microbatches) for name, rows in batch.items()},
+             None if key is None else jax.random.split(key, microbatches))
 
-    def add(carry: Any, part: Batch) -> tuple[Any, None]:
-        (_, loss), grads = gradient(params, part)
-        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+    def add(carry: Any, part: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
+        (_, figures), grads = gradient(params, *part)
+        return jax.tree.map(jnp.add, carry, (figures, grads)), None
 
-    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, start, {name: split_rows(rows, microbatches) for name, rows in batch.items()})
-    return total
+    figures = jax.eval_shape(lambda: gradient(params, *jax.tree.map(lambda rows: rows[0], parts))[0][1])
+    start = (jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), figures), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, start, parts)[0]
 
 
 def split_rows(rows_BT: jax.Array, microbatches: int) -> jax.Array:
@@ -111,6 +123,7 @@ def compile_step(config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
         microbatches=config.train.grad_accumulation,
         z_loss=config.train.z_loss,
         chunks=config.compute.loss_chunks,
+        seed=config.train.seed if config.model.moe.jitter else None,
     )
     state = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda a: a.sharding, state)

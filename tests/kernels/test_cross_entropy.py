@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from maxlm.config import MeshConfig
 from maxlm.kernels.cross_entropy import linear_cross_entropy, num_chunks
 from maxlm.parallel.mesh import make_mesh
+from maxlm.parallel.sharding import BATCH, SHARD
 
 B, T, D, V = 8, 6, 16, 40
 
@@ -68,10 +69,10 @@ def test_a_mesh_gives_the_same_sums_and_gradients(sizes):
     mesh = make_mesh(MeshConfig(**sizes))
     with jax.set_mesh(mesh):
         put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))  # noqa: E731
-        rows = ("data", "fsdp")
-        got = ours(put(x, rows, None, None), put(w, "tensor", "fsdp"), put(targets, rows, None), 0.1, 5.0, 2)
+        rows = BATCH
+        got = ours(put(x, rows, None, None), put(w, "tensor", SHARD), put(targets, rows, None), 0.1, 5.0, 2)
         assert furthest(got, expected) < 1e-6
-        assert got[3].sharding.spec == P("tensor", "fsdp")
+        assert got[3].sharding.spec == P("tensor", SHARD)
 
 
 def test_bfloat16_keeps_float32_sums():

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from maxlm.config import MeshConfig
 from maxlm.kernels.embedding import embedding_lookup, sum_by_row
 from maxlm.parallel.mesh import make_mesh
+from maxlm.parallel.sharding import BATCH, SHARD
 
 V, D, B, T = 16, 8, 8, 6
 
@@ -42,11 +43,11 @@ def test_rows_and_gradient(sizes):
         mesh = make_mesh(MeshConfig(**sizes))
         with jax.set_mesh(mesh):
             put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))  # noqa: E731
-            batch = ("data", "fsdp")
+            batch = BATCH
             rows, gradient = value_and_gradient(
-                put(table, "tensor", "fsdp"), put(tokens, batch, None), put(weights, batch, None, None), jnp.float32
+                put(table, "tensor", SHARD), put(tokens, batch, None), put(weights, batch, None, None), jnp.float32
             )
-            assert gradient.sharding.spec == P("tensor", "fsdp")
+            assert gradient.sharding.spec == P("tensor", SHARD)
     assert (np.asarray(rows) == table[tokens]).all()
     assert np.abs(np.asarray(gradient) - expected).max() < 1e-5
     np.add.at(expected, tokens[:1, :1], 1e-3)  # the twin: one token more

@@ -41,7 +41,7 @@ def gelu(x):
 @pytest.mark.parametrize(("activation", "curve"), [("swiglu", silu), ("geglu", gelu), ("gelu", gelu)])
 def test_feed_forward_is_the_formula(activation, curve):
     config = ModelConfig(**DEFAULTS | dict(activation=activation))
-    mlp = MLP(config, jnp.float32, nnx.Rngs(params=jax.random.key(0)))
+    mlp = MLP(config, config.mlp_dim, jnp.float32, nnx.Rngs(params=jax.random.key(0)))
     x = np.random.default_rng(0).normal(size=(1, 4, 16)).astype(np.float32)
     up, down = np.asarray(mlp.up[...]), np.asarray(mlp.down[...])
     if activation == "gelu":
@@ -70,7 +70,7 @@ def test_norms_are_where_the_placement_says(placement):
     turn = _turn(model, tokens)
     before, after = placement in ("pre", "both"), placement in ("post", "both")
     for index in range(2):
-        (block,) = jax.tree.map(lambda leaf, index=index: leaf[index], model.stacks())
+        (block,) = jax.tree.map(lambda leaf, index=index: leaf[index], model.stacks("layers"))
         for name, sublayer in (
             ("attention", lambda h, b=block: b.attention(h, turn, jnp.ones_like(tokens))),
             ("mlp", lambda h, b=block: b.mlp(h)),

@@ -32,9 +32,9 @@ def with_a_bad_copy(array, device):
 ONE_LAYER = {"num_layers": 1, "layer_pattern": ["global"]}
 
 
-def checked(axes, devices, harm=lambda state: None, **sections):
+def checked(axes, devices, harm=lambda state: None, model=ONE_LAYER, **sections):
     """Makes a state, harms it, and checks it."""
-    config = tiny_config(mesh=axes, model=ONE_LAYER, **sections)
+    config = tiny_config(mesh=axes, model=model, **sections)
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     with jax.set_mesh(mesh):
         state = init_state(config, mesh)
@@ -62,6 +62,21 @@ def computing_wrongly(group, monkeypatch):
 @pytest.mark.parametrize(("axes", "devices"), [({"data": 2, "fsdp": 2, "tensor": 2}, 8), ({}, 1)])
 def test_sound_devices_agree(axes, devices):
     checked(axes, devices, train={"grad_accumulation": 2})
+
+
+SPARSE = ONE_LAYER | {"num_experts": 4, "experts_per_token": 2, "expert_dim": 16}
+
+
+@pytest.mark.parametrize("moe", [{"balance_loss": 0.1}, {"capacity_factor": 0.8}], ids=["dropless", "dropping"])
+def test_sound_experts_agree(moe):
+    """Rows are compared between whole groups of experts: who else is there decides what has no room."""
+    checked({"data": 2, "expert": 2, "fsdp": 2}, 8, model=SPARSE | {"moe": moe})
+
+
+def test_experts_that_compute_wrongly_are_named(monkeypatch):
+    computing_wrongly(5, monkeypatch)  # of groups of 2 devices; the third is data=1, fsdp=0
+    with pytest.raises(RunStopped, match=r"another device: data=1, fsdp=0 \(device 4 of process 0, device 5 of"):
+        checked({"data": 2, "expert": 2, "fsdp": 2}, 8, model=SPARSE)
 
 
 def test_a_bad_copy_is_named():

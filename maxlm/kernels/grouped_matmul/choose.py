@@ -1,0 +1,46 @@
+"""Which grouped product a run uses, decided before anything is traced."""
+
+from __future__ import annotations
+
+from maxlm.schema import ConfigError
+
+_FAST = {"tpu": "ragged_dot", "gpu": "mosaic_gpu"}
+
+
+def choose_grouped_matmul(
+    requested: str, *, platform: str, width: int, expert_dim: int, compute_dtype: str,
+    compute_capability: str | None = None,
+) -> tuple[str, str]:
+    """(name, reason): the implementation to pass to `grouped_matmul`, and in words why it was chosen.
+
+    requested: `compute.grouped_matmul` of the config. width, expert_dim: the sizes of an expert's matrices on one
+    device. platform, compute_capability: as for `choose_attention`.
+
+    TPU: `lax.ragged_dot` is a Mosaic kernel there. Hopper: the Mosaic kernels that JAX ships. Elsewhere 'blocks', whose
+    cost is a copy of its matrix for every 64 rows: on CPUs `lax.ragged_dot` multiplies every row with every matrix, and
+    on GPUs it takes 91 ms where torch takes 2 (measured on an H100, docs/MOE.md).
+    Raises ConfigError where a kernel asked for by name cannot run.
+    """
+    wanted = _FAST.get(platform, "blocks") if requested == "auto" else requested
+    obstacle = _obstacle(wanted, platform, width, expert_dim, str(compute_dtype), compute_capability)
+    if obstacle is None:
+        if requested != "auto":
+            return wanted, "as compute.grouped_matmul asks"
+        return wanted, f"the fast path of {platform}" if platform in _FAST else f"the reference, on {platform}"
+    if requested == "auto":
+        return "blocks", f"slow: {wanted} is not used because {obstacle}"
+    raise ConfigError(f"compute.grouped_matmul={requested!r} cannot run: {obstacle}; set it to 'auto' or 'blocks'")
+
+
+def _obstacle(name, platform, width, expert_dim, compute_dtype, compute_capability) -> str | None:
+    if name != "mosaic_gpu":
+        return None
+    if platform != "gpu":
+        return f"it runs on gpu and this run is on {platform}"
+    if compute_capability is not None and compute_capability != "9.0":
+        return f"it is made for compute capability 9.0 (Hopper), not {compute_capability}"
+    if compute_dtype not in ("bfloat16", "float16"):
+        return f"it takes bfloat16 or float16, not {compute_dtype} (precision.recipe)"
+    if width % 128 or expert_dim % 128:
+        return f"it takes matrices in multiples of 128, not {width} x {expert_dim} (model.hidden_dim, model.expert_dim)"
+    return None

@@ -1,0 +1,170 @@
+"""How tokens reach the devices of their experts, and how the results come back.
+
+Three exchanges along the mesh axis `expert`, for use inside a `shard_map`, and none for experts that are all here:
+
+    all_gather          every device sees all tokens of its expert group and serves those of its own experts; results
+                        are summed on the way back. For small axes.
+    all_to_all          each device sends each other one the rows it needs, in slots of one size.
+    ragged_all_to_all   the same with only the rows that are there on the wire; TPU and GPU.
+
+Each takes this device's tokens and gives (what the experts made of them, weighted and summed over each token's choices;
+how many choices found no room). A choice without room adds nothing to its token and takes no other's place.
+
+Dims: N tokens of this device, K choices a token, D width, R rows, E experts, L = E / P of this device, P devices.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.kernels.grouped_matmul import ROW_MULTIPLE
+from maxlm.model.moe.plan import Plan, by_row, collect, grouped_plan, rows_needed, slotted_plan, spread, unplaced
+
+AXIS = "expert"
+
+Serve = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (rows [R, D], weights [R], sizes [L]) -> [R, D]
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many rows a device keeps for `even_share` choices, were all experts equally loaded.
+
+    capacity_factor, buffer_factor: of MoEConfig. multiple: rows that each expert's group is rounded up to.
+    """
+
+    capacity_factor: float
+    buffer_factor: float
+    multiple: int
+
+    def plan(self, expert_NK: jax.Array, num_experts: int, even_share: int) -> Plan:
+        """Rows for the choices of experts 0 to num_experts - 1; the others are not placed."""
+        if self.capacity_factor:
+            capacity = math.ceil(self.capacity_factor * even_share / num_experts)
+            return slotted_plan(expert_NK, num_experts, capacity, ROW_MULTIPLE)
+        num_rows = rows_needed(self.buffer(even_share, expert_NK.size), num_experts, self.multiple)
+        return grouped_plan(expert_NK, num_experts, -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE, self.multiple)
+
+    def buffer(self, even_share: int, most: int) -> int:
+        """Rows for choices of which `even_share` are expected and `most` can come."""
+        return min(most, math.ceil(self.buffer_factor * even_share)) if self.buffer_factor else most
+
+
+def stay(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, serve: Serve, room: Room,
+         num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """All experts are here."""
+    plan = room.plan(expert_NK, num_experts, expert_NK.size)
+    return _served(x_ND, weight_NK, serve, plan), _count(unplaced(plan))
+
+
+def all_gather(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, serve: Serve, room: Room,
+               num_experts: int) -> tuple[jax.Array, jax.Array]:
+    num_local = num_experts // jax.lax.axis_size(AXIS)
+    every = [jax.lax.all_gather(a, AXIS, axis=0, tiled=True) for a in (x_ND, expert_NK, weight_NK)]
+    local_NK = every[1] - jax.lax.axis_index(AXIS) * num_local
+    plan = room.plan(local_NK, num_local, expert_NK.size)
+    lost = unplaced(plan) & (local_NK >= 0) & (local_NK < num_local)
+    out_ND = _served(every[0], every[2], serve, plan)
+    return jax.lax.psum_scatter(out_ND, AXIS, scatter_dimension=0, tiled=True), _count(lost)
+
+
+def all_to_all(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, serve: Serve, room: Room,
+               num_experts: int) -> tuple[jax.Array, jax.Array]:
+    ways, choices = jax.lax.axis_size(AXIS), expert_NK.size
+    num_local = num_experts // ways
+    sent = slotted_plan(expert_NK // num_local, ways, room.buffer(-(-choices // ways), choices))
+    move = lambda rows: jax.lax.all_to_all(rows, AXIS, 0, 0, tiled=True)  # noqa: E731
+    x_RD, weight_R, local_R = (move(rows) for rows in _outgoing(x_ND, expert_NK, weight_NK, sent, num_local))
+    out_RD, lost = _arrived(x_RD, weight_R, local_R, serve, room, num_local, choices)
+    return collect(move(out_RD), sent), lost + _count(unplaced(sent))
+
+
+def ragged_all_to_all(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, serve: Serve, room: Room,
+                      num_experts: int) -> tuple[jax.Array, jax.Array]:
+    ways, choices = jax.lax.axis_size(AXIS), expert_NK.size
+    num_local = num_experts // ways
+    sent = grouped_plan(expert_NK // num_local, ways, choices)
+    sizes = (choices, room.buffer(choices, choices * ways))
+    paths, unsent = _paths(sent.sizes_E, sizes[1])
+    x_RD, weight_R, local_R = (_there(rows, paths, sizes) for rows in _outgoing(x_ND, expert_NK, weight_NK, sent,
+                                                                                num_local))
+    came_R = jnp.arange(sizes[1]) < jnp.sum(paths.receive)
+    out_RD, lost = _arrived(x_RD, weight_R, jnp.where(came_R, local_R, -1), serve, room, num_local, choices)
+    return collect(_back(out_RD, paths, sizes), sent), lost + unsent
+
+
+EXCHANGES = {"all_gather": all_gather, "all_to_all": all_to_all, "ragged_all_to_all": ragged_all_to_all}
+
+
+def _served(x_ND, weight_NK, serve, plan):
+    return collect(serve(spread(x_ND, plan), by_row(weight_NK, plan), plan.sizes_E), plan)
+
+
+def _outgoing(x_ND, expert_NK, weight_NK, sent, num_local):
+    """Rows, weights and local experts (-1 where a row holds nothing) in the order of `sent`."""
+    held_R = sent.choice_R < expert_NK.size
+    local_R = expert_NK.reshape(-1)[jnp.where(held_R, sent.choice_R, 0)] % num_local
+    return spread(x_ND, sent), by_row(weight_NK, sent), jnp.where(held_R, local_R, -1)
+
+
+def _arrived(x_RD, weight_R, local_R, serve, room, num_local, even_share):
+    """(what became of rows that came for local experts, in their places; how many found no room)."""
+    plan = room.plan(local_R[:, None], num_local, even_share)
+    return _served(x_RD, weight_R[:, None], serve, plan), _count(unplaced(plan) & (local_R >= 0)[:, None])
+
+
+def _count(flags: jax.Array) -> jax.Array:
+    return jnp.sum(flags, dtype=jnp.float32)
+
+
+class _Paths(NamedTuple):
+    """Where rows lie, int32 [P]: those for device p are `send` rows from `send_at` on here and from `arrive_at` on
+    there; those of device p are `receive` rows from `receive_at` on here, and from `return_to` on where they came from.
+    """
+
+    send_at: jax.Array
+    send: jax.Array
+    arrive_at: jax.Array
+    receive_at: jax.Array
+    receive: jax.Array
+    return_to: jax.Array
+
+
+def _paths(size_P: jax.Array, room: int) -> tuple[_Paths, jax.Array]:
+    """From this device's rows for each other, which stand in order; and how many of them the others have no room for
+    (each takes `room` rows, of the first devices first)."""
+    me = jax.lax.axis_index(AXIS)
+    size_SP = jax.lax.all_gather(size_P, AXIS)  # of each sender S
+    from_SP = jnp.cumsum(size_SP, axis=1) - size_SP
+    to_SP = jnp.minimum(jnp.cumsum(size_SP, axis=0) - size_SP, room)
+    fit_SP = jnp.minimum(size_SP, room - to_SP)
+    paths = _Paths(from_SP[me], fit_SP[me], to_SP[me], to_SP[:, me], fit_SP[:, me], from_SP[:, me])
+    return paths, jnp.sum(size_SP[me] - fit_SP[me]).astype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _there(rows: jax.Array, paths: _Paths, sizes: tuple[int, int]) -> jax.Array:
+    """[sizes[0], ...] -> [sizes[1], ...], zeros where nothing comes. `_back` is its transpose."""
+    return _move(rows, sizes[1], paths.send_at, paths.send, paths.arrive_at, paths.receive)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _back(rows: jax.Array, paths: _Paths, sizes: tuple[int, int]) -> jax.Array:
+    return _move(rows, sizes[0], paths.receive_at, paths.receive, paths.return_to, paths.send)
+
+
+def _move(rows, size, start, length, to, received):
+    empty = jax.lax.pcast(jnp.zeros((size, *rows.shape[1:]), rows.dtype), tuple(jax.typeof(rows).vma), to="varying")
+    return jax.lax.ragged_all_to_all(rows, empty, start, length, to, received, axis_name=AXIS)
+
+
+_there.defvjp(lambda rows, paths, sizes: (_there(rows, paths, sizes), paths),
+              lambda sizes, paths, g: (_back(g, paths, sizes), None))
+_back.defvjp(lambda rows, paths, sizes: (_back(rows, paths, sizes), paths),
+             lambda sizes, paths, g: (_there(g, paths, sizes), None))

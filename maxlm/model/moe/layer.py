@@ -1,0 +1,149 @@
+"""The sparse feed-forward sublayer: a router, and experts of which each token takes a few.
+
+What is local to a device happens in one `shard_map`. The router is whole everywhere; experts are split over the mesh
+axis `expert` (exchange.py brings tokens to them) and their hidden units over `tensor`.
+
+Dims: B batch, T length, D width, N = B*T tokens of this device, E experts, R rows, F hidden units of an expert.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from maxlm.config import ModelConfig
+from maxlm.kernels.grouped_matmul import GROUP_MULTIPLE, grouped_matmul
+from maxlm.model.mlp import ACTIVATIONS, MLP
+from maxlm.model.moe.exchange import EXCHANGES, Room, stay
+from maxlm.model.moe.load import Load, measure_load
+from maxlm.model.moe.router import choose
+from maxlm.model.parameter import matrix
+from maxlm.parallel.sharding import ACTIVATION, BATCH, COMPUTE, has_mesh, spec, use
+
+
+class MoE(nnx.Module):
+    """x [B, T, D] -> ([B, T, D], Load). kernel: of `choose_grouped_matmul`; exchange: of EXCHANGES."""
+
+    def __init__(self, config: ModelConfig, kernel: str, exchange: str, dtype: jnp.dtype, rngs: nnx.Rngs):
+        moe, E, D, F = config.moe, config.num_experts, config.hidden_dim, config.expert_dim
+        self.router = matrix(rngs, (D, E), ("embed", None), config.init_std)
+        self.selection_bias = nnx.Param(jnp.zeros(E), dims=("norm",), contracted=()) if moe.bias_rate else None
+        into = functools.partial(matrix, rngs, (E, D, F), ("experts", "expert_embed", "mlp"), config.init_std,
+                                 contracted=(1,), produced=(2,))
+        self.gate, self.up = into(), into()
+        self.down = matrix(rngs, (E, F, D), ("experts", "mlp", "expert_embed"),
+                           config.init_std / math.sqrt(2 * config.num_layers), contracted=(1,), produced=(2,))
+        bias = lambda dims, *shape: (  # noqa: E731
+            nnx.Param(jnp.zeros(shape), dims=dims, contracted=()) if moe.expert_bias else None
+        )
+        self.gate_bias, self.up_bias = bias(("experts", "mlp"), E, F), bias(("experts", "mlp"), E, F)
+        self.down_bias = bias(("experts", "expert_embed"), E, D)
+        self.shared = MLP(config, moe.shared_experts * F, dtype, rngs) if moe.shared_experts else None
+        self.config, self.kernel, self.exchange, self.dtype = config, kernel, exchange, dtype
+
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Load]:
+        """key: for the jitter; None (evaluation) leaves it out."""
+        weights = {"router": use(self.router, jnp.float32)} | {
+            name: use(getattr(self, name), jnp.float32 if name == "selection_bias" else self.dtype)
+            for name in ("selection_bias", "gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+            if getattr(self, name) is not None
+        }
+        inputs = (x_BTD, self._jittered(x_BTD, key), segment_ids_BT)
+        local = functools.partial(_local, config=self.config, kernel=self.kernel, exchange=self.exchange)
+        if has_mesh():
+            rows = P(BATCH, None, None)
+            layouts = {name: spec(getattr(self, name).dims, COMPUTE) for name in weights}
+            out_BTD, load = jax.shard_map(
+                lambda inputs, weights: local(*inputs, _varying(weights, layouts), sharded=True),
+                in_specs=((rows, rows, P(BATCH, None)), layouts), out_specs=(rows, P()),
+            )(inputs, weights)
+        else:
+            out_BTD, load = local(*inputs, weights, sharded=False)
+        # Nothing between the exchange and this depends on the other: a scheduler may run them side by side.
+        return out_BTD if self.shared is None else out_BTD + self.shared(x_BTD), load
+
+    def _jittered(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+        jitter = self.config.moe.jitter
+        if not jitter or key is None:
+            return x_BTD
+        layout = {"out_sharding": spec(("batch", None, None), ACTIVATION)} if has_mesh() else {}
+        draw_BTD = jax.random.uniform(key, x_BTD.shape, jnp.float32, 1 - jitter, 1 + jitter, **layout)
+        return x_BTD.astype(jnp.float32) * draw_BTD
+
+
+def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, kernel, exchange, sharded):
+    """One device's tokens (router_BTD: as the router sees them), and the load of all."""
+    (B, T, D), moe = x_BTD.shape, config.moe
+    x_ND, real_N = x_BTD.reshape(B * T, D), segment_ids_BT.reshape(-1) > 0
+    logits_NE = jnp.einsum("nd,de->ne", router_BTD.reshape(B * T, D).astype(jnp.float32), weights["router"],
+                           precision=jax.lax.Precision.HIGHEST)
+    choice = choose(logits_NE, weights.get("selection_bias"), config)
+    routed = (x_ND, choice.expert_NK, choice.weight_NK)
+    if sharded:  # from here on each part of `tensor` does something else with a token
+        routed = tuple(jax.lax.pcast(a, "tensor", to="varying") for a in routed)
+    serve = functools.partial(_experts, weights=weights, config=config, kernel=kernel, sharded=sharded)
+    apart = sharded and jax.lax.axis_size("expert") > 1
+    out_ND, lost = (EXCHANGES[exchange] if apart else stay)(
+        *routed, serve, Room(moe.capacity_factor, moe.buffer_factor, GROUP_MULTIPLE[kernel]), config.num_experts)
+    if sharded:
+        out_ND = jax.lax.psum(out_ND, "tensor")
+        lost = jax.lax.pmean(lost, "tensor")
+    return out_ND.reshape(B, T, D), measure_load(choice, logits_NE, real_N, lost, T, config, sharded)
+
+
+def _varying(weights: dict[str, jax.Array], layouts: dict[str, P]) -> dict[str, jax.Array]:
+    """The weights as values that may differ on every device that sees other tokens, or (those of the experts) other
+    hidden units, so that their gradients are summed over them here."""
+
+    def one(name):
+        split = BATCH if name in ("router", "selection_bias") else (*BATCH, "tensor")
+        return jax.lax.pcast(weights[name], tuple(a for a in split if a not in layouts[name]), to="varying")
+
+    return {name: one(name) for name in weights}
+
+
+def _experts(x_RD, weight_R, sizes_E, *, weights, config, kernel, sharded):
+    """Each row through its expert, times its weight: [R, D]. Where `tensor` splits the experts, this device's part."""
+    product = lambda rows, name: grouped_matmul(rows, weights[name], sizes_E, kernel)  # noqa: E731
+    bias = _expert_bias(x_RD, sizes_E, weights)
+    gate_RF, up_RF = (checkpoint_name(product(x_RD, name) + bias(name + "_bias"), "mlp_up") for name in ("gate", "up"))
+    out_RD = product(_weighted(ACTIVATIONS[config.activation], gate_RF, up_RF, weight_R), "down")
+    whole = not sharded or jax.lax.axis_index("tensor") == 0  # the parts are summed over `tensor`
+    return out_RD + jnp.where(whole, bias("down_bias") * weight_R[:, None].astype(x_RD.dtype), 0)
+
+
+def _expert_bias(x_RD, sizes_E, weights):
+    """A function name -> [R, F]: each row's bias; 0 where the experts have none."""
+    if "gate_bias" not in weights:
+        return lambda name: jnp.zeros((1, 1), x_RD.dtype)
+    expert_R = jnp.sum(jnp.arange(x_RD.shape[0], dtype=jnp.int32)[:, None] >= jnp.cumsum(sizes_E)[None], axis=1)
+    of_E = (expert_R[:, None] == jnp.arange(sizes_E.size)[None]).astype(x_RD.dtype)
+    return lambda name: of_E @ weights[name]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(activate, gate_RF, up_RF, weight_R):
+    """activate(gate) * up * weight: the weight before the last product is the weight after it, on half the numbers.
+    The backward pass keeps the three and computes the rest again (model/mlp.py has why)."""
+    return (activate(gate_RF) * up_RF * weight_R[:, None].astype(up_RF.dtype)).astype(up_RF.dtype)
+
+
+def _weighted_forward(activate, gate_RF, up_RF, weight_R):
+    return _weighted(activate, gate_RF, up_RF, weight_R), (gate_RF, up_RF, weight_R)
+
+
+def _weighted_backward(activate, kept, dh_RF):
+    gate_RF, up_RF, weight_R, dh_RF = jax.lax.optimization_barrier((*kept, dh_RF))
+    activated_RF, pull = jax.vjp(activate, gate_RF)
+    weight_R1 = weight_R[:, None].astype(dh_RF.dtype)
+    dweight_R = jnp.sum((activated_RF * up_RF).astype(jnp.float32) * dh_RF.astype(jnp.float32), axis=1)
+    return *pull(dh_RF * weight_R1 * up_RF), dh_RF * weight_R1 * activated_RF, dweight_R.astype(weight_R.dtype)
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)

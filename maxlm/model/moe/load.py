@@ -1,0 +1,52 @@
+"""What a router did with a batch: how evenly it spread the tokens, and the two losses that keep it in shape."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.config import ModelConfig
+from maxlm.model.moe.router import Choice
+from maxlm.parallel.sharding import BATCH
+
+
+class Load(NamedTuple):
+    """Float32, over all devices; means over a batch's real tokens (padding left out).
+
+    share_E: part of the choices that went to each expert (they sum to 1). balance: E * sum(share * mean score), 1 where
+    both are even. z: mean square of the logits' logsumexp. dropped: part of all choices, padding's included, for which
+    there was no room. logit: root mean square of the logits.
+    """
+
+    share_E: jax.Array
+    balance: jax.Array
+    z: jax.Array
+    dropped: jax.Array
+    logit: jax.Array
+
+
+def measure_load(choice: Choice, logits_NE: jax.Array, real_N: jax.Array, dropped: jax.Array, length: int,
+                 model: ModelConfig, sharded: bool) -> Load:
+    """Sums over this device's tokens, then (sharded) over the mesh. real_N: False for padding; dropped: how many
+    choices found no room; length: tokens of a row."""
+    total = (lambda a: jax.lax.psum(a, BATCH)) if sharded else (lambda a: a)
+    E, K = model.num_experts, model.experts_per_token
+    hit_NE = jnp.sum(choice.expert_NK[:, :, None] == jnp.arange(E)[None, None], axis=1, dtype=jnp.float32)
+    hit_NE = jnp.where(real_N[:, None], hit_NE, 0.0)
+    score_NE = jnp.where(real_N[:, None], choice.score_NE / jnp.sum(choice.score_NE, axis=-1, keepdims=True), 0.0)
+    count = jnp.maximum(total(jnp.sum(real_N, dtype=jnp.float32)), 1.0)
+    share_E = total(jnp.sum(hit_NE, axis=0)) / (count * K)
+    if model.moe.balance_over == "batch":
+        balance = E * jnp.sum(share_E * total(jnp.sum(score_NE, axis=0)) / count)
+    else:  # each row of the batch by itself, weighted by its tokens
+        hit_BE, score_BE = (jnp.sum(a.reshape(-1, length, E), axis=1) for a in (hit_NE, score_NE))
+        tokens_B = jnp.maximum(jnp.sum(real_N.reshape(-1, length), axis=1, dtype=jnp.float32), 1.0)
+        balance = total(E * jnp.sum(hit_BE * score_BE / tokens_B[:, None]) / K) / count
+    square_N = jnp.square(jax.nn.logsumexp(logits_NE, axis=-1))
+    scale_N = jnp.mean(jnp.square(logits_NE), axis=-1)
+    z, scale = (total(jnp.sum(jnp.where(real_N, a, 0.0))) / count for a in (square_N, scale_N))
+    choices = choice.expert_NK.size * (math.prod(jax.lax.axis_size(axis) for axis in BATCH) if sharded else 1)
+    return Load(share_E, balance, z, total(dropped) / choices, jnp.sqrt(scale))

@@ -1,0 +1,133 @@
+"""Which row of a buffer holds which token, and the two linear maps between tokens and rows.
+
+Tokens chosen by several experts are spread over rows that stand together expert by expert, so that one grouped product
+serves them all; afterwards each token collects its rows. The two maps are each other's transpose, and both only
+gather: what a token's gradient sums has a fixed order, nothing is added concurrently.
+
+Dims: N tokens, K choices a token, R rows, D width, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Plan(NamedTuple):
+    """A placement of N x K choices in R rows.
+
+    choice_R: the choice (n * K + k) that a row holds; N * K or more where it holds none.
+    row_NK: the row of each choice; R or more where it was not placed.
+    sizes_E: rows that each expert has been given, rounded up to the plan's multiple; they come first, in order.
+    """
+
+    choice_R: jax.Array
+    row_NK: jax.Array
+    sizes_E: jax.Array
+
+
+def grouped_plan(expert_NK: jax.Array, num_experts: int, num_rows: int, multiple: int = 1) -> Plan:
+    """Rows in order of expert; choices of an expert outside [0, num_experts) are not placed.
+
+    Each expert's rows start at a multiple of `multiple` (a kernel's block). With `num_rows` from `rows_needed` every
+    choice finds its place; with fewer, the last ones do not and say so in row_NK.
+    """
+    N, K = expert_NK.shape
+    expert_C = expert_NK.reshape(-1)
+    inside_C = (expert_C >= 0) & (expert_C < num_experts)
+    expert_C = jnp.where(inside_C, expert_C, num_experts)
+    count_E = jnp.sum(expert_C[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
+    sizes_E = -(-count_E // multiple) * multiple
+    start_E, first_E = (jnp.cumsum(a) - a for a in (sizes_E, count_E))  # in the buffer, and among the sorted choices
+    order_C = jnp.argsort(expert_C).astype(jnp.int32)  # stable: an expert's choices stay in order of tokens
+    sorted_C = jnp.minimum(expert_C[order_C], num_experts - 1)
+    row_C = start_E[sorted_C] + jnp.arange(N * K, dtype=jnp.int32) - first_E[sorted_C]
+    row_C = jnp.where(inside_C[order_C], row_C, num_rows)
+    place_C = jnp.argsort(order_C)  # where each choice stands among the sorted
+    row_NK = row_C[place_C].reshape(N, K)
+    return Plan(_choices(row_NK, num_rows), jnp.minimum(row_NK, num_rows), _fit(sizes_E, num_rows))
+
+
+def rows_needed(choices: int, num_experts: int, multiple: int = 1) -> int:
+    """Rows that hold `choices` choices however they fall, each expert's rounded up to `multiple`."""
+    most = choices + min(choices, num_experts) * (multiple - 1)
+    return -(-most // multiple) * multiple
+
+
+def slotted_plan(expert_NK: jax.Array, num_experts: int, capacity: int, multiple: int = 1) -> Plan:
+    """Room for `capacity` choices of every expert (GShard, arXiv:2006.16668), in rows rounded up to `multiple`: the
+    choices of an expert beyond that, later tokens first, are not placed."""
+    slot = -(-capacity // multiple) * multiple
+    num_rows = num_experts * slot
+    plan = grouped_plan(expert_NK, num_experts, rows_needed(expert_NK.size, num_experts))
+    start_E = jnp.cumsum(plan.sizes_E) - plan.sizes_E
+    inside_NK = (expert_NK >= 0) & (expert_NK < num_experts)
+    expert_NK = jnp.clip(expert_NK, 0, num_experts - 1)
+    rank_NK = plan.row_NK - start_E[expert_NK]
+    row_NK = jnp.where(inside_NK & (rank_NK < capacity), expert_NK * slot + rank_NK, num_rows)
+    return Plan(_choices(row_NK, num_rows), row_NK, jnp.full(num_experts, slot, jnp.int32))
+
+
+def _choices(row_NK: jax.Array, num_rows: int) -> jax.Array:
+    """The choice of each row, from the row of each choice: a scatter of integers in which no row is named twice."""
+    count = row_NK.size
+    row_C = jnp.where(row_NK.reshape(-1) < num_rows, row_NK.reshape(-1), num_rows + jnp.arange(count, dtype=jnp.int32))
+    empty_R = jnp.full(num_rows, count, jnp.int32)
+    return empty_R.at[row_C].set(jnp.arange(count, dtype=jnp.int32), mode="drop", unique_indices=True)
+
+
+def _fit(sizes_E: jax.Array, num_rows: int) -> jax.Array:
+    """The sizes with what lies beyond the buffer cut off."""
+    end_E = jnp.minimum(jnp.cumsum(sizes_E), num_rows)
+    return jnp.diff(end_E, prepend=0).astype(jnp.int32)
+
+
+def unplaced(plan: Plan) -> jax.Array:
+    """Which choices have no row, bool [N, K]."""
+    return plan.row_NK >= plan.choice_R.size
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=())
+def spread(x_ND: jax.Array, plan: Plan) -> jax.Array:
+    """Each token's vector in all of its rows, [R, D]; zeros in rows that hold nothing."""
+    N, K = plan.row_NK.shape
+    held_R = plan.choice_R < N * K
+    return jnp.where(held_R[:, None], x_ND[jnp.where(held_R, plan.choice_R, 0) // K], 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=())
+def collect(rows_RD: jax.Array, plan: Plan) -> jax.Array:
+    """The sum of each token's rows, [N, D], added in float32 in the order of its choices."""
+    R = plan.choice_R.size
+    total_ND = jnp.zeros((plan.row_NK.shape[0], rows_RD.shape[1]), jnp.float32)
+    for k in range(plan.row_NK.shape[1]):  # one choice at a time: [N, K, D] never exists
+        row_N = plan.row_NK[:, k]
+        placed_N = row_N < R
+        total_ND += jnp.where(placed_N[:, None], rows_RD[jnp.where(placed_N, row_N, 0)], 0).astype(jnp.float32)
+    return total_ND.astype(rows_RD.dtype)
+
+
+spread.defvjp(lambda x_ND, plan: (spread(x_ND, plan), plan), lambda plan, g_RD: (collect(g_RD, plan), None))
+collect.defvjp(lambda rows_RD, plan: (collect(rows_RD, plan), plan), lambda plan, g_ND: (spread(g_ND, plan), None))
+
+
+def by_row(value_NK: jax.Array, plan: Plan) -> jax.Array:
+    """A number of each choice, at its row, [R]; 0 in rows that hold nothing."""
+    return _by_row(value_NK, plan)
+
+
+@jax.custom_vjp
+def _by_row(value_NK, plan):
+    held_R = plan.choice_R < value_NK.size
+    return jnp.where(held_R, value_NK.reshape(-1)[jnp.where(held_R, plan.choice_R, 0)], 0)
+
+
+def _by_row_backward(plan, g_R):
+    placed_NK = ~unplaced(plan)
+    return jnp.where(placed_NK, g_R[jnp.where(placed_NK, plan.row_NK, 0)], 0), None
+
+
+_by_row.defvjp(lambda value_NK, plan: (_by_row(value_NK, plan), plan), _by_row_backward)

@@ -1,0 +1,49 @@
+"""Which experts a token goes to, and with what weights. Everything here is float32.
+
+Softmax top-k as in Mixtral, OLMoE and Qwen3 (weights normalised over the chosen or not); sigmoid scores with a bias
+that only selects, and selection within groups of experts, as in DeepSeek-V3 (arXiv:2412.19437, equations 12 to 16).
+
+Dims: N tokens, E experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.config import ModelConfig
+
+
+class Choice(NamedTuple):
+    """Each token's experts, int32 [N, K], their weights, float32 [N, K], and all experts' scores, [N, E]."""
+
+    expert_NK: jax.Array
+    weight_NK: jax.Array
+    score_NE: jax.Array
+
+
+def choose(logits_NE: jax.Array, bias_E: jax.Array | None, model: ModelConfig) -> Choice:
+    """The `experts_per_token` best experts of each token. A bias changes who is chosen, never the weights."""
+    moe = model.moe
+    score_NE = jax.nn.softmax(logits_NE) if moe.scores == "softmax" else jax.nn.sigmoid(logits_NE)
+    chosen_by_NE = jax.lax.stop_gradient(score_NE if bias_E is None else score_NE + bias_E[None])
+    if moe.num_groups > 1:
+        chosen_by_NE = _within_groups(chosen_by_NE, moe.num_groups, moe.groups_per_token)
+    _, expert_NK = jax.lax.top_k(chosen_by_NE, model.experts_per_token)
+    hit_NKE = expert_NK[:, :, None] == jnp.arange(model.num_experts)[None, None]
+    weight_NK = jnp.sum(jnp.where(hit_NKE, score_NE[:, None], 0.0), axis=-1)
+    if moe.normalize_weights:
+        weight_NK = weight_NK / (jnp.sum(weight_NK, axis=-1, keepdims=True) + 1e-20)
+    return Choice(expert_NK.astype(jnp.int32), weight_NK * moe.weight_scale, score_NE)
+
+
+def _within_groups(score_NE: jax.Array, num_groups: int, kept: int) -> jax.Array:
+    """Scores with all groups but each token's `kept` best out of reach. A group counts as its two best experts."""
+    N, E = score_NE.shape
+    grouped_NGE = score_NE.reshape(N, num_groups, E // num_groups)
+    best_NG = jnp.sum(jax.lax.top_k(grouped_NGE, min(2, E // num_groups))[0], axis=-1)
+    _, group_NG = jax.lax.top_k(best_NG, kept)
+    open_NG = jnp.any(group_NG[:, :, None] == jnp.arange(num_groups)[None, None], axis=1)
+    return jnp.where(open_NG[:, :, None], grouped_NGE, -jnp.inf).reshape(N, E)
