@@ -29,6 +29,7 @@ from maxlm.parallel.distributed import (
     together,
 )
 from maxlm.scaling.command import add_options as add_fit_options
+from maxlm.scaling.sweep_command import add_options as add_sweep_options
 from maxlm.schema import ConfigError
 
 UNSAFE, INTERRUPTED = 3, 130
@@ -154,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as one JSON object")
 
     _add_data(verbs)
+    add_sweep_options(_verb(verbs, "sweep", _sweep, "train the runs of a sweep and collect their results"))
     add_fit_options(_verb(verbs, "fit", _fit, "fit a scaling law to finished runs, with intervals"))
     _add_checkpoint_verbs(verbs)
     return parser
@@ -319,6 +321,12 @@ def _prepare(arguments: argparse.Namespace) -> int:
     )
     print(manifest.summary())
     return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from maxlm.scaling.sweep_command import sweep
+
+    return sweep(arguments)
 
 
 def _fit(arguments: argparse.Namespace) -> int:

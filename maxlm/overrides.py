@@ -13,7 +13,7 @@ import re
 import traceback
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,24 +23,37 @@ from maxlm.schema import ConfigError, describe, flatten, from_dict, require, to_
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Executes the Python file at `path` and returns what its `config()` returns.
+    """What `config()` of the Python file at `path` returns, or a run's config.json.
 
     A variant of another recipe calls `load_config(Path(__file__).with_name("llama3_8b.py"))` and replaces fields.
     Raises ConfigError where the file is missing, does not run, or has no `config()` returning a RunConfig.
     """
     path = Path(path)
+    if path.suffix == ".json":
+        try:
+            return from_dict(RunConfig, json.loads(_read(path)))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    built = call_in_file(path, "config", "a RunConfig")
+    require(isinstance(built, RunConfig), f"{path}: config() must return a RunConfig, not {type(built).__name__}")
+    return built
+
+
+def call_in_file(path: Path, name: str, kind: str) -> Any:
+    """Executes the Python file at `path` and returns what its function `name` does, `kind` in words.
+
+    Raises ConfigError where the file is missing, does not run, or has no such function.
+    """
     source = _read(path)
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-        build = module.__dict__.get("config")
-        require(callable(build), f"{path}: no function config() in this file; it must return a RunConfig")
-        built = build()
+        build = module.__dict__.get(name)
+        require(callable(build), f"{path}: no function {name}() in this file; it must return {kind}")
+        return build()
     except Exception as error:
         raise ConfigError(_where_and_why(path, error)) from error
-    require(isinstance(built, RunConfig), f"{path}: config() must return a RunConfig, not {type(built).__name__}")
-    return built
 
 
 def apply_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
@@ -50,18 +63,26 @@ def apply_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     is checked once, at the end, so fields that depend on each other can change together.
     Raises ConfigError for an unknown key (naming the nearest), a value of the wrong type, or an invalid result.
     """
-    values = to_dict(config)
+    parsed = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
         require(bool(equals and key), f"override {override!r} must have the form section.field=value")
+        parsed[key] = _parse(_hint_of(key), text, key)
+    return with_values(config, parsed)
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """`config` with each field that a dotted key names replaced, checked once at the end like `apply_overrides`."""
+    table = to_dict(config)
+    for key, value in values.items():
+        _hint_of(key)  # raises for a key that is unknown or a section
         *sections, name = key.split(".")
-        parsed = _parse(_hint_of(key), text, key)
-        table = values
-        for section in sections:
-            table = table[section]
-        table[name] = parsed
-    return from_dict(type(config), values)
+        section = table
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return from_dict(type(config), table)
 
 
 def _read(path: Path) -> str:

@@ -353,21 +353,30 @@ RESUMABLE = frozenset(
 )
 
 
-def training_difference(saved: RunConfig, now: RunConfig) -> list[str]:
+def training_difference(saved: RunConfig, now: RunConfig, *, at_step: int = 0) -> list[str]:
     """Lines 'key: saved -> now' for every field that differs and decides what is trained.
 
     `resilience` decides about training only once something went wrong, and so may change, as a person would have it.
     The folders of `data.path` and `data.mixture` may move, because the manifests' digest and not a folder's name
     identifies the data (training/loop.py compares it). The step count may grow; a schedule that depends on it is the
-    user's choice.
+    user's choice. A decay that has not begun at `at_step` may change: a branch leaves a constant rate where it likes.
     """
     before, after = flatten(saved), flatten(now)
     for leaves, config in ((before, saved), (after, now)):
         del leaves["data.stages"]
         leaves["data.mixture"] = [weights for _, weights in config.data.weights_by_step()]
         leaves["data.stages"] = [first for first, _ in config.data.weights_by_step()[1:]]
+        if 0 < at_step <= _stable_until(config):
+            leaves |= {"schedule.name": "stable", "schedule.decay_steps": 0, "schedule.final_fraction": 1.0}
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and key not in RESUMABLE and key.split(".")[0] not in RESUMABLE
     ]
+
+
+def _stable_until(config: RunConfig) -> int:
+    """The steps before which the learning rate does not fall."""
+    if config.schedule.name in ("constant", "wsd"):
+        return config.train.num_steps - (config.schedule.decay_steps if config.schedule.name == "wsd" else 0)
+    return 0

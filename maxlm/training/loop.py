@@ -103,7 +103,7 @@ def check_resumable(meta: dict[str, Any], step: int, config: RunConfig, data_dig
             f"train.num_steps={config.train.num_steps} is below step {step}, which this run directory has reached: "
             f"set it to {step} or more, or use another --run-dir"
         )
-    changed = training_difference(from_dict(RunConfig, meta["config"]), config)
+    changed = training_difference(from_dict(RunConfig, meta["config"]), config, at_step=step)
     if changed:
         raise ConfigError(
             f"this run directory was trained with another config ({'; '.join(changed)}): restore these values, "

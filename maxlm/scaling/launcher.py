@@ -1,0 +1,168 @@
+"""Runs the trials of a sweep as processes of `maxlm train`, and keeps an account of them.
+
+A `Launcher` takes the folder of a sweep and brings each trial to an end. The local one starts N at a time on this
+machine's devices. It keeps no state of its own: what a run directory says is what happened, so after kill -9 the same
+command goes on. Its runs die with it (SIGTERM from the kernel: they save and stop) and hold the folder's lock until
+they have stopped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from maxlm.scaling.cost import Device, devices_of
+from maxlm.scaling.devices import visible
+from maxlm.scaling.grid import Trial
+from maxlm.scaling.sweep import SweepFolder
+from maxlm.scaling.table import Table
+from maxlm.schema import ConfigError
+
+MISTAKE, UNSAFE, RESTART = 2, 3, 75  # exit codes of `maxlm train`; others are crashes
+RETRIES, RESTARTS = 2, 20  # of a crash, and where the run itself asks to be started again
+LOOK_SECONDS, SHOW_SECONDS = 0.1, 1.0
+_PR_SET_PDEATHSIG = 1
+
+WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
+
+
+class Launcher(Protocol):
+    """Brings the trials of a folder to their end, or to where it was asked to stop."""
+
+    def run(self, folder: SweepFolder) -> dict[str, Job]: ...
+
+
+@dataclass
+class Job:
+    """A trial's state, and why it failed; `starts` of this launcher."""
+
+    trial: Trial
+    state: str = WAITING
+    reason: str = ""
+    exit_code: int | None = None
+    starts: int = 0
+    crashes: int = 0
+    process: subprocess.Popen | None = None
+    devices: list[int] = field(default_factory=list)
+
+
+class LocalLauncher:
+    """`jobs` runs at a time on `count` devices of this machine; more runs than devices share them."""
+
+    def __init__(self, device: Device, count: int, jobs: int | None):
+        self.device, self.count = device, count
+        self.jobs = jobs or count
+        if device.platform == "tpu" and self.jobs > 1:  # a process takes all of a host's chips
+            self.jobs = 1
+
+    @property
+    def share(self) -> int:
+        """Runs that use one device at a time."""
+        return -(-self.jobs // self.count)
+
+    def run(self, folder: SweepFolder) -> dict[str, Job]:
+        jobs = {trial.name: Job(trial) for trial in folder.sweep.trials}
+        for job in jobs.values():
+            if folder.is_done(job.trial):
+                job.state = DONE
+        free = [number for number in range(self.count) for _ in range(self.share)]
+        self._stopping = False
+        handlers = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with Table(folder, jobs) as table:
+                while self._step(folder, jobs, free, table):
+                    time.sleep(LOOK_SECONDS)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for job in jobs.values():
+                if job.process is not None:
+                    job.process.terminate()
+        return jobs
+
+    def _ask_to_stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _step(self, folder: SweepFolder, jobs: dict[str, Job], free: list[int], table: Table) -> bool:
+        """Looks at what has ended and starts what can start. False where nothing is left to wait for."""
+        for job in jobs.values():
+            if job.process is not None and (code := job.process.poll()) is not None:
+                job.process, job.exit_code = None, code
+                free += job.devices
+                self._ended(folder, job)
+                folder.collect()
+                table.event(job)
+            elif job.process is not None and self._stopping and job.state == RUNNING:
+                job.state = STOPPED  # it saves first, and is waited for
+                job.process.terminate()
+        for job in jobs.values():
+            if self._stopping:
+                job.state = STOPPED if job.state == WAITING else job.state
+            elif job.state == WAITING:
+                self._start(folder, job, jobs, free, table)
+        table.show()
+        return any(job.process is not None or job.state == WAITING for job in jobs.values())
+
+    def _start(self, folder: SweepFolder, job: Job, jobs: dict[str, Job], free: list[int], table: Table) -> None:
+        trunk = jobs.get(job.trial.branch_of)
+        if trunk is not None and trunk.state == FAILED:
+            job.state, job.reason = FAILED, f"its trunk {trunk.trial.name} failed"
+            return table.event(job)
+        needed = min(devices_of(job.trial.config), self.count) if self.device.platform == "gpu" else 1
+        running = sum(other.process is not None for other in jobs.values())
+        distinct = sorted(set(free), key=lambda number: -free.count(number))
+        if (trunk is not None and trunk.state != DONE) or running >= self.jobs or len(distinct) < needed:
+            return None
+        try:
+            folder.begin_branch(job.trial)
+        except ConfigError as error:
+            job.state, job.reason = FAILED, str(error)
+            return table.event(job)
+        job.devices = distinct[:needed]
+        for number in job.devices:
+            free.remove(number)
+        job.process = self._spawn(folder, job)
+        job.state, job.starts = RUNNING, job.starts + 1
+        return table.event(job)
+
+    def _spawn(self, folder: SweepFolder, job: Job) -> subprocess.Popen:
+        words = ["train", str(folder.config_file(job.trial)), "--run-dir", str(folder.run_dir(job.trial))]
+        environment = {**os.environ, **visible(self.device, job.devices, self.share)}
+        with folder.log(job.trial).open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "maxlm", *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=environment, pass_fds=(folder.lock,), start_new_session=True, preexec_fn=_die_with_parent,
+            )
+
+    def _ended(self, folder: SweepFolder, job: Job) -> None:
+        code = job.exit_code
+        if folder.is_done(job.trial):
+            job.state = DONE
+        elif self._stopping:
+            job.state = STOPPED
+        elif code in (MISTAKE, UNSAFE):
+            job.state, job.reason = FAILED, _last_line(folder, job)
+        elif code in (0, RESTART):  # it was preempted, or asks for it
+            job.state = WAITING if job.starts <= RESTARTS else FAILED
+            job.reason = f"started {job.starts} times without an end: {_last_line(folder, job)}"
+        else:
+            job.crashes += 1
+            job.state = WAITING if job.crashes <= RETRIES else FAILED
+            job.reason = f"ended with exit code {code}, {job.crashes} times: {_last_line(folder, job)}"
+
+
+def _last_line(folder: SweepFolder, job: Job) -> str:
+    lines = folder.log(job.trial).read_text(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("maxlm: ") if lines else "it said nothing"
+
+
+def _die_with_parent() -> None:
+    """Linux sends the run SIGTERM when the launcher is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,107 @@
+"""The `sweep` verb: its options, the plan, and running it. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from maxlm.schema import ConfigError, require
+
+if TYPE_CHECKING:
+    from maxlm.scaling.cost import Cost
+    from maxlm.scaling.grid import Sweep
+
+LAUNCHERS = ("local", "slurm", "gke")
+MISTAKE, UNSAFE = 2, 3
+
+
+def add_options(sweep: argparse.ArgumentParser) -> None:
+    sweep.add_argument("sweep", metavar="SWEEP", help="a file with sweep() -> Sweep: configs/sweeps/*.py")
+    sweep.add_argument("--out", required=True, type=Path, help="folder for the runs, runs.jsonl and curves.jsonl")
+    sweep.add_argument("--dry-run", action="store_true", help="print every run and what it costs, and start none")
+    sweep.add_argument("--launcher", choices=LAUNCHERS, default="local", help="where the runs run (default: local)")
+    sweep.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a device)")
+    sweep.add_argument("--chip", help="with --dry-run: plan for this chip, such as 'NVIDIA H200'")
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """Raises ConfigError for a user's mistake, before anything is spent. Returns the exit code."""
+    from maxlm.scaling.cost import cost, too_large
+    from maxlm.scaling.devices import device_called, devices_here
+    from maxlm.scaling.grid import load_sweep
+    from maxlm.scaling.launcher import LocalLauncher
+    from maxlm.scaling.sweep import SweepFolder, check_branches
+
+    require(arguments.launcher == "local", f"--launcher {arguments.launcher} is not built yet: use --launcher local "
+                                           "where the devices are")
+    require(arguments.jobs is None or arguments.jobs > 0, f"--jobs {arguments.jobs} must be 1 or more")
+    require(arguments.chip is None or arguments.dry_run, "--chip is for --dry-run: runs use the devices that are here")
+    planned = load_sweep(arguments.sweep)
+    check_branches(planned)
+    device, count = (device_called(arguments.chip), 1) if arguments.chip else devices_here()
+    launcher = LocalLauncher(device, count, arguments.jobs)
+    costs = {trial.name: cost(trial, planned, device) for trial in planned.trials}
+    folder = SweepFolder(arguments.out, planned)
+    folder.check()
+    if arguments.dry_run:
+        print(plan(planned, costs, launcher.jobs, f"{count} x {device.kind}", folder))
+    refused = too_large(costs, device, launcher.share)
+    if refused:
+        raise ConfigError(f"{'; '.join(refused[:5])}{f' (and {len(refused) - 5} more)' if len(refused) > 5 else ''}: "
+                          "lower train.global_batch_size, raise train.grad_accumulation, set remat.policy, or lower "
+                          "--jobs")
+    if arguments.dry_run:
+        return 0
+    with folder:
+        for path, words in folder.corpora().items():
+            print(f"preparing {path.name}", file=sys.stderr, flush=True)
+            _prepare(words)
+        folder.write_configs()
+        jobs = launcher.run(folder)
+        rows = folder.collect()
+    return _verdict(jobs, rows, arguments.out)
+
+
+def plan(planned: Sweep, costs: dict[str, Cost], jobs: int, where: str, folder) -> str:
+    """The table of `--dry-run`."""
+    from maxlm.scaling.cost import wall_seconds
+
+    lines = [f"{'run':40} {'params':>10} {'tokens':>10} {'FLOPs':>10} {'steps':>8} {'time':>9} {'memory':>10}"]
+    for trial in planned.trials:
+        row = costs[trial.name]
+        done = "  done" if folder.is_done(trial) else f"  after {trial.branch_of}" if trial.branch_of else ""
+        lines.append(
+            f"{trial.name:40} {row.params:>10.4g} {row.tokens:>10.4g} {row.flops_spent:>10.3e} "
+            f"{trial.config.train.num_steps - trial.from_step:>8} {_time(row.seconds):>9} "
+            f"{row.memory_bytes / 2**30:>6.2f} GiB{done}")
+    total = sum(row.flops_spent for row in costs.values())
+    lines.append(f"{len(costs)} runs, {total:.3e} FLOPs, about {_time(wall_seconds(costs, planned, jobs))} with "
+                 f"{jobs} at a time on {where}. Time and memory are estimates; FLOPs are what each run adds.")
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _prepare(words: list[str]) -> None:
+    child = subprocess.run([sys.executable, "-m", "maxlm", *words], stdout=sys.stderr)
+    require(child.returncode == 0, "the corpus of data.source could not be prepared: see above")
+
+
+def _verdict(jobs: dict, rows: int, out: Path) -> int:
+    failed = [job for job in jobs.values() if job.state == "failed"]
+    left = sum(job.state == "stopped" for job in jobs.values())
+    print(f"{rows} results in {out / 'runs.jsonl'}" + (f"; {left} runs left, the same command goes on" if left else ""))
+    if not failed:
+        return 0
+    first = failed[0]
+    print(f"maxlm: {len(failed)} of {len(jobs)} runs failed, first {first.trial.name}: {first.reason} (its log: "
+          f"{out / 'logs' / first.trial.name}.log)", file=sys.stderr)
+    return MISTAKE if all(job.exit_code == MISTAKE for job in failed) else UNSAFE
