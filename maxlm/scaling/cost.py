@@ -83,7 +83,7 @@ def _state_bytes(config: RunConfig) -> float:
     count, optimizer = parameter_count(config.model), config.optimizer
     moments = BYTES[optimizer.mu_dtype] + BYTES[optimizer.nu_dtype]
     whole = count.total * (4 + 4 + moments + (0 if config.precision.recipe == "float32" else 2))
-    matrices = count.attention + count.mlp
+    matrices = count.attention + count.mlp + count.experts
     return whole - (matrices * BYTES[optimizer.nu_dtype] if optimizer.name == "muon" else 0)
 
 
@@ -92,12 +92,15 @@ def _layer_values(config: RunConfig, reference_attention: bool) -> float:
     model, train = config.model, config.train
     width, heads = model.hidden_dim, model.num_heads * model.head_dim
     keys = 2 * model.num_kv_heads * model.head_dim
-    into = model.mlp_dim * (1 if model.activation == "gelu" else 2)
+    # Of experts count the rows a token is copied into, as a dense layer of that width would.
+    moe_width = (model.experts_per_token + model.moe.shared_experts) * model.expert_dim
+    mlp_dim = moe_width + model.experts_per_token * width if model.num_experts else model.mlp_dim
+    into = mlp_dim * (1 if model.activation == "gelu" else 2)
     kept = {
         "full": width,
         "names": width + heads + into,
         "dots": width + (heads + keys) + width + into + width,
-        "none": 4 * width + (heads + keys) + (heads + keys / 2) + heads + into + model.mlp_dim,
+        "none": 4 * width + (heads + keys) + (heads + keys / 2) + heads + into + mlp_dim,
     }[config.remat.policy]
     keeps_scores = reference_attention and config.remat.policy in ("none", "dots")
     return kept + (2 * model.num_heads * train.seq_len if keeps_scores else 0)

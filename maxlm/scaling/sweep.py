@@ -150,6 +150,7 @@ class SweepFolder:
     def _row(self, trial: Trial, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         config, count = trial.config, parameter_count(trial.config.model)
         swept = {key: value for key, value in trial.swept.items() if isinstance(value, int | float | str)}
+        experts = {"active_params": count.active} if config.model.num_experts else {}
         return {
             "run": trial.name, "params": count.total, "tokens": evaluation["tokens"], "loss": evaluation["eval_loss"],
             "flops": flops_per_step(config) * evaluation["step"], "seed": config.train.seed,
@@ -157,7 +158,7 @@ class SweepFolder:
             "learning_rate": config.optimizer.learning_rate,
             "batch_tokens": config.train.global_batch_size * config.train.seq_len,
             "bits_per_byte": evaluation.get("eval_bits_per_byte"),
-            **trial.columns, **swept,
+            **experts, **trial.columns, **swept,
         }
 
     def _spent(self, trial: Trial) -> dict[str, Any]:
