@@ -108,8 +108,10 @@ def _normal(kind: str) -> str:
     return kind.removeprefix("nvidia")  # drivers before 2021 leave the vendor out
 
 
-def compiler_options(platform: str) -> dict[str, bool]:
+def compiler_options(platform: str, *, deterministic: bool = False) -> dict[str, bool]:
     """XLA options for `jax.jit(..., compiler_options=...)` on 'tpu', 'gpu' ('cuda') or 'cpu'.
+
+    deterministic: on a GPU, compile to the same bits every time (no atomics, no choice by timing).
 
     GPU: autotuning XLA's Triton GEMMs costs 12-131 s of compilation an FP8 product, and cuBLASLt ran faster
     (measured on an H100, docs/LOG.md). The latency-hiding scheduler overlaps collectives with computation.
@@ -118,7 +120,8 @@ def compiler_options(platform: str) -> dict[str, bool]:
     are on by default where they work, v5e, and for other chips libtpu refuses them as unsafe.
     """
     if platform in ("gpu", "cuda"):
-        return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_latency_hiding_scheduler": True}
+        options = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_latency_hiding_scheduler": True}
+        return {**options, "xla_gpu_deterministic_ops": True} if deterministic else options
     if platform == "tpu":
         return {"xla_enable_async_all_gather": True}
     return {}

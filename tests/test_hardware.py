@@ -60,7 +60,8 @@ def test_the_table_agrees_with_itself():
 def test_the_options_are_ones_that_xla_knows(platform):
     """CPU and GPU options live in one table, so a CPU compile refuses a GPU option that does not exist."""
     lowered = jax.jit(lambda x: x + 1).lower(jnp.ones(3))
-    lowered.compile(compiler_options=compiler_options(platform))
+    for deterministic in (False, True):
+        lowered.compile(compiler_options=compiler_options(platform, deterministic=deterministic))
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         lowered.compile(compiler_options={**compiler_options(platform), "xla_gpu_enable_trition_gemm": False})
 

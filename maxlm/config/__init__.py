@@ -224,11 +224,14 @@ class ComputeConfig:
     expert_exchange: along mesh.expert; 'auto' is ragged_all_to_all on TPUs and all_to_all elsewhere (docs/MOE.md).
     layer_unroll: repeats of the layer pattern compiled into one scan iteration; 'all' unrolls the whole stack.
     loss_chunks: pieces of the sequence whose logits exist at one time; 'auto' picks from the vocabulary.
+    deterministic: on GPUs, kernels and compilation that give the same bits every time (elsewhere they do anyway); what
+    it costs is in docs/RESILIENCE.md.
     """
 
     attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
     grouped_matmul: Literal["auto", "blocks", "ragged_dot", "mosaic_gpu"] = "auto"
     expert_exchange: Literal["auto", "all_to_all", "ragged_all_to_all", "all_gather"] = "auto"
+    deterministic: bool = False
     layer_unroll: int | Literal["all"] = 1
     loss_chunks: int | Literal["auto"] = "auto"
 

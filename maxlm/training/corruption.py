@@ -42,8 +42,9 @@ class CorruptionCheck:
     def __init__(self, config: RunConfig, mesh: Mesh):
         self._mesh = mesh
         self._groups = mesh.shape["data"] * mesh.shape["fsdp"]
+        platform = mesh.devices.flat[0].platform
         settings = {"out_shardings": NamedSharding(mesh, P()),
-                    "compiler_options": compiler_options(mesh.devices.flat[0].platform)}
+                    "compiler_options": compiler_options(platform, deterministic=config.compute.deterministic)}
         state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
         self._stored = jax.jit(_stored_digests, **settings).lower(state).compile()
 

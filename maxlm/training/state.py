@@ -38,7 +38,7 @@ def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
     where = {"platform": device.platform, "compute_dtype": DTYPES[config.precision.recipe].name,
              "compute_capability": getattr(device, "compute_capability", None)}
     attention, reason = choose_attention(compute.attention, head_dim=model.head_dim, seq_len=config.train.seq_len,
-                                         softcap=model.attention_softcap, **where)
+                                         softcap=model.attention_softcap, deterministic=compute.deterministic, **where)
     told = f"attention: {attention}, {reason}"
     if not model.num_experts:
         return Kernels(attention), told

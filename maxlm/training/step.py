@@ -131,7 +131,7 @@ def compile_step(config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
         step,
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, P())),
-        compiler_options=compiler_options(platform),
+        compiler_options=compiler_options(platform, deterministic=config.compute.deterministic),
     )
     return jitted.lower(state, abstract_batch(config, mesh)).compile()
 

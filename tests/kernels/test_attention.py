@@ -150,9 +150,16 @@ def test_auto_takes_the_fast_path_or_says_why_not():
         ("gpu", {"softcap": 30.0}, "model.attention_softcap=30.0"),
         ("gpu", {"head_dim": 100}, "model.head_dim"),
         ("tpu", {"seq_len": 1000}, "train.seq_len"),
+        ("gpu", {"seq_len": 1000, "deterministic": True}, "compute.deterministic"),
     ]:
         name, reason = choose("auto", platform, **change)
         assert name == "reference" and word in reason and "is not used because" in reason
+
+
+def test_a_deterministic_run_on_a_gpu_has_its_own_backward_pass():
+    chosen = [choose(requested, p, deterministic=True)[0] for requested, p in (
+        ("auto", "gpu"), ("cudnn", "gpu"), ("auto", "tpu"), ("auto", "cpu"))]
+    assert chosen == ["cudnn_deterministic", "cudnn_deterministic", "splash", "reference"]
 
 
 @pytest.mark.parametrize(

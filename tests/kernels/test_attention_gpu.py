@@ -103,12 +103,18 @@ def test_the_calls_lower_for_cuda_without_a_gpu():
     q, k = (jax.ShapeDtypeStruct((B, 128, heads, 64), jnp.bfloat16) for heads in (H, G))
     segments = jax.ShapeDtypeStruct((B, 128), jnp.int32)
 
-    def loss(q, k, v, segments):
-        return gpu.cudnn_attention(q, k, v, segments, window=None, scale=0.125).astype(jnp.float32).sum()
+    def traced(**kind):
+        def loss(q, k, v, segments):
+            return gpu.cudnn_attention(q, k, v, segments, window=None, scale=0.125, **kind).astype(jnp.float32).sum()
 
-    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segments).lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segments)
+
+    text = traced().lower(lowering_platforms=("cuda",)).as_text()
     for name in ("Softmax", "ScaleBiasSoftmax", "SoftmaxBackward", "ScaleBiasSoftmaxBackward"):
         assert f"@__cudnn$fmha{name}(" in text
+    calls = [str(traced(deterministic=kind).jaxpr) for kind in (False, True)]
+    found = [("fmhaSoftmaxBackward" in text, "attention_dkv" in text) for text in calls]
+    assert found == [(True, False), (False, True)]
     config = Call(0.125, 32, segments=4)._config(q, k, backward=False)["cudnn_fmha_backend_config"]
     assert json.loads(json.dumps(config)) == config
     assert (config["mask_type"], config["max_seg_per_batch"]) == ("PADDING_CAUSAL", 4)

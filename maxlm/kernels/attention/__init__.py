@@ -67,13 +67,15 @@ def _local(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, *, window, softcap, implement
             q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window=window, softcap=softcap, scale=scale
         )
         return checkpoint_name(out_BTHK, "attention")
-    if implementation == "cudnn":
+    if implementation in ("cudnn", "cudnn_deterministic"):
         from maxlm.kernels.attention.gpu import cudnn_attention
 
         assert not softcap, "choose_attention keeps soft caps away from cuDNN"
-        return cudnn_attention(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window=window, scale=scale)
+        return cudnn_attention(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window=window, scale=scale,
+                               deterministic=implementation == "cudnn_deterministic")
     if implementation == "splash":
         from maxlm.kernels.attention.tpu import splash_attention  # Pallas is slow to import
 
         return splash_attention(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window=window, softcap=softcap, scale=scale)
-    raise ValueError(f"attention implementation {implementation!r} is not one of 'reference', 'cudnn', 'splash'")
+    raise ValueError(f"attention implementation {implementation!r} is not one of 'reference', 'cudnn', "
+                     "'cudnn_deterministic', 'splash'")

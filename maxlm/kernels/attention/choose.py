@@ -6,21 +6,28 @@ from maxlm.schema import ConfigError
 
 _HOME = {"cudnn": "gpu", "splash": "tpu"}  # the platform each fast path runs on
 _FAST = {platform: name for name, platform in _HOME.items()}
+DETERMINISTIC_BLOCK = 64  # positions that gpu_backward.py's kernels take at a time
 
 
 def choose_attention(
     requested: str, *, platform: str, head_dim: int, seq_len: int, softcap: float, compute_dtype: str,
-    compute_capability: str | None = None,
+    compute_capability: str | None = None, deterministic: bool = False,
 ) -> tuple[str, str]:
     """(name, reason): the implementation to pass to `attention`, and in words why it was chosen.
 
     requested: `compute.attention` of the config. platform: 'cpu', 'gpu' or 'tpu', the one compiled for;
     compute_capability: of an NVIDIA GPU, such as '9.0', where it is known.
+    deterministic: the gradient must have the same bits every time; cuDNN's has not, and 'cudnn_deterministic' has.
     'auto' takes the platform's fast path, or 'reference' with the obstacle as the reason. Raises ConfigError
     where a kernel asked for by name cannot run.
     """
     wanted = _FAST.get(platform, "reference") if requested == "auto" else requested
     obstacle = _obstacle(wanted, platform, head_dim, seq_len, softcap, str(compute_dtype), compute_capability)
+    if obstacle is None and wanted == "cudnn" and deterministic:
+        wanted = "cudnn_deterministic"
+        if seq_len % DETERMINISTIC_BLOCK:
+            obstacle = ("its deterministic backward pass (compute.deterministic) takes a train.seq_len in multiples "
+                        f"of {DETERMINISTIC_BLOCK}, not {seq_len}")
     if obstacle is None:
         return wanted, f"the fast path of {platform}" if requested == "auto" else "as compute.attention asks"
     if requested == "auto":

@@ -2,7 +2,8 @@
 
 One of three calls is chosen on the device, by what the batch holds: a document a row takes the plain causal call;
 packed rows take the ragged call, whose cost is that of the documents; rows packed with more documents than the
-ragged call was compiled for take the plain call with a bias that masks them apart.
+ragged call was compiled for take the plain call with a bias that masks them apart. cuDNN's backward passes add in an
+order that varies; `deterministic` takes gpu_backward.py's for them.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from maxlm.kernels.attention.cudnn_call import Call, ragged
 SEGMENTS = 16
 
 
-def cudnn_attention(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, *, window, scale, segments=SEGMENTS):
+def cudnn_attention(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, *, window, scale, segments=SEGMENTS, deterministic=False):
     """out_BTHK of causal attention inside segments, for bfloat16 or float16 on a GPU."""
-    return _attend(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window, float(scale), segments)
+    return _attend(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window, float(scale), segments, deterministic)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attend(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window, scale, segments):
-    return _forward(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window, scale, segments)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _attend(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window, scale, segments, deterministic):
+    return _forward(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window, scale, segments, deterministic)[0]
 
 
-def _forward(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window, scale, segments):
+def _forward(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window, scale, segments, deterministic):
     """(out_BTHK, what the backward pass needs). The log-sum-exp is kept by token, [B,H,T], whichever call made it."""
     documents = Documents(segment_ids_BT, segments)
 
@@ -51,8 +52,15 @@ def _forward(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, window, scale, segments):
     return out_BTHK, (q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, out_BTHK, stats_BHT)
 
 
-def _backward(window, scale, segments, kept, dout_BTHK):
+def _backward(window, scale, segments, deterministic, kept, dout_BTHK):
     q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, out_BTHK, stats_BHT = kept
+    if deterministic:
+        from maxlm.kernels.attention.gpu_backward import attention_backward  # Pallas is slow to import
+
+        grads = attention_backward(
+            q_BTHK, k_BSGK, v_BSGK, out_BTHK, stats_BHT, dout_BTHK, segment_ids_BT, window=window, scale=scale
+        )
+        return (*grads, None)
     documents = Documents(segment_ids_BT, segments)
     saved = (q_BTHK, k_BSGK, v_BSGK, out_BTHK)
 
