@@ -29,7 +29,10 @@ from maxlm.parallel.distributed import (
     together,
 )
 from maxlm.scaling.command import add_options as add_fit_options
+from maxlm.scaling.command import fit
+from maxlm.scaling.forecast_command import add_verbs as add_forecast_verbs
 from maxlm.scaling.sweep_command import add_options as add_sweep_options
+from maxlm.scaling.sweep_command import sweep
 from maxlm.schema import ConfigError
 
 UNSAFE, INTERRUPTED = 3, 130
@@ -155,8 +158,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as one JSON object")
 
     _add_data(verbs)
-    add_sweep_options(_verb(verbs, "sweep", _sweep, "train the runs of a sweep and collect their results"))
-    add_fit_options(_verb(verbs, "fit", _fit, "fit a scaling law to finished runs, with intervals"))
+    add_sweep_options(_verb(verbs, "sweep", sweep, "train the runs of a sweep and collect their results"))
+    add_fit_options(_verb(verbs, "fit", _on_cpu(fit), "fit a scaling law to finished runs, with intervals"))
+    forecast = verbs.add_parser("forecast", help="sealed forecasts of runs", description="sealed forecasts of runs")
+    inner = forecast.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+    add_forecast_verbs(lambda name, function, text: _verb(inner, name, _on_cpu(function), text))
     _add_checkpoint_verbs(verbs)
     return parser
 
@@ -323,21 +329,16 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sweep(arguments: argparse.Namespace) -> int:
-    from maxlm.scaling.sweep_command import sweep
+def _on_cpu(function):
+    """A verb of float64 on small arrays: an accelerator would only be in the way."""
+    def verb(arguments: argparse.Namespace) -> int | None:
+        import jax
 
-    return sweep(arguments)
+        jax.config.update("jax_platforms", "cpu")
+        _start_jax()
+        return function(arguments)
 
-
-def _fit(arguments: argparse.Namespace) -> int:
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # float64 on small arrays: an accelerator would only be in the way
-    _start_jax()
-    from maxlm.scaling.command import fit
-
-    fit(arguments)
-    return 0
+    return verb
 
 
 def _checkpoint_list(arguments: argparse.Namespace) -> int:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from maxlm.schema import not_negative
+
+if TYPE_CHECKING:
+    from maxlm.scaling.laws import Law
+    from maxlm.scaling.runs import Runs
 
 
 def add_options(fit: argparse.ArgumentParser) -> None:
@@ -26,16 +31,21 @@ def fit(arguments: argparse.Namespace) -> None:
     """Writes fit.json, report.md and fit.png and prints a summary. Raises ConfigError for a user's mistake."""
     not_negative("fit", seed=arguments.seed)
     from maxlm.scaling.analysis import analyse
-    from maxlm.scaling.laws import find_law
     from maxlm.scaling.report import summary, write
-    from maxlm.scaling.runs import lowest, parse_columns, read_runs
 
-    law = find_law(arguments.law)
-    optional = (law.lowest,) if law.lowest else ()
-    runs = read_runs(arguments.runs, law.needed, parse_columns(arguments.columns), arguments.where, optional)
-    if law.lowest:
-        runs = lowest(runs, law.inputs, law.lowest)
+    law, runs = read_for(arguments.law, arguments.runs, arguments.columns, arguments.where)
     analysis = analyse(law, runs, replicates=arguments.bootstrap, level=arguments.level, seed=arguments.seed,
                        holdout=arguments.holdout, at_flops=arguments.at_flops)
     write(analysis, arguments.out)
     print(summary(analysis))
+
+
+def read_for(name: str, path: Path, columns: str, where: str) -> tuple[Law, Runs]:
+    """The law called `name` and the rows of a file as it takes them. Raises ConfigError for a user's mistake."""
+    from maxlm.scaling.laws import find_law
+    from maxlm.scaling.runs import lowest, parse_columns, read_runs
+
+    law = find_law(name)
+    optional = (law.lowest,) if law.lowest else ()
+    runs = read_runs(path, law.needed, parse_columns(columns), where, optional)
+    return law, lowest(runs, law.inputs, law.lowest) if law.lowest else runs

@@ -6,6 +6,7 @@ known will not do better on the next.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,11 +62,8 @@ class Assessment:
 def assess(fitted: Fitted, theta: np.ndarray, residuals: np.ndarray, unseen: Runs, level: float,
            random: np.random.Generator) -> Assessment:
     """`theta` [replicates, p] are bootstrap fits, `residuals` those of the rows fitted (log loss), drawn as noise."""
-    freedom = max(residuals.size - fitted.theta.size, 1)
-    noise = (residuals - np.median(residuals)) * np.sqrt(residuals.size / freedom)
     estimate = fitted.log_loss(unseen.columns)
-    spread = fitted.log_loss(unseen.columns, theta) - estimate
-    drawn = spread + random.choice(noise, size=spread.shape)
+    drawn = prediction_errors(fitted, theta, residuals, unseen.columns, random)
     observed = np.log(unseen.columns[fitted.law.target])
     ends = np.array([percentile(column, level) for column in drawn.T])
     return Assessment(
@@ -73,6 +71,16 @@ def assess(fitted: Fitted, theta: np.ndarray, residuals: np.ndarray, unseen: Run
         observed=np.exp(observed), interval=np.exp(estimate[:, None] + ends),
         bias=float(np.mean(estimate - observed)), bias_interval=percentile(drawn.mean(1), level), level=level,
     )
+
+
+def prediction_errors(fitted: Fitted, theta: np.ndarray, residuals: np.ndarray, columns: Mapping[str, np.ndarray],
+                      random: np.random.Generator) -> np.ndarray:
+    """Draws [replicates, n] of how far the log loss of runs at `columns` may lie from the prediction: how far the
+    bootstrap fits `theta` are off, and a residual of the rows fitted, widened by the degrees of freedom, as noise."""
+    freedom = max(residuals.size - fitted.theta.size, 1)
+    noise = (residuals - np.median(residuals)) * np.sqrt(residuals.size / freedom)
+    spread = fitted.log_loss(columns, theta) - fitted.log_loss(columns)
+    return spread + random.choice(noise, size=spread.shape)
 
 
 def top_budget(runs: Runs) -> np.ndarray:

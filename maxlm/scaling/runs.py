@@ -62,11 +62,10 @@ class Runs:
             return compare(self.columns[name], _number(value, f"condition {text!r}: {value!r} must be a number"))
         known = [*self.columns, *self.cells]
         require(name in self.cells, f"condition {text!r}: no column {name!r}{_nearest(name, known)}")
-        numbers = np.array([_number_or_nan(cell) for cell in self.cells[name]])
         if math.isnan(_number_or_nan(value)):
             require(sign in ("==", "!=", "="), f"condition {text!r}: {value!r} must be a number")
             return compare(self.cells[name], value)
-        return compare(numbers, float(value))
+        return compare(numbers(self.cells[name]), float(value))
 
 
 def read_runs(path: Path, needed: Sequence[str], renamed: Mapping[str, str] | None = None, where: str = "",
@@ -93,7 +92,7 @@ def read_runs(path: Path, needed: Sequence[str], renamed: Mapping[str, str] | No
                 f"{path.name} has no column {source[name]!r}{_nearest(source[name], cells)}; name it with "
                 f"--columns {name}=ITS_NAME")
     present = {name: source[name] for name in source if source[name] in cells}
-    columns = {ours: np.array([_number_or_nan(cell) for cell in cells[theirs]]) for ours, theirs in present.items()}
+    columns = {ours: numbers(cells[theirs]) for ours, theirs in present.items()}
     runs = Runs(_derived(columns), cells, np.arange(len(lines)), lines, path.name, hashlib.sha256(data).hexdigest())
     if where:
         runs = runs.take(runs.matching(where))
@@ -201,6 +200,11 @@ def _without_copies(runs: Runs, needed: Sequence[str]) -> Runs:
     keep = np.zeros(len(runs), bool)
     keep[first] = True
     return replace(runs.take(keep), notes=(*runs.notes, note))
+
+
+def numbers(cells: np.ndarray) -> np.ndarray:
+    """Text cells [n] as float64, NaN where one is not a number."""
+    return np.array([_number_or_nan(cell) for cell in cells])
 
 
 def _number_or_nan(text: str) -> float:
