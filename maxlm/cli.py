@@ -214,7 +214,7 @@ def _add_checkpoint_verbs(verbs) -> None:
         ("digest", _checkpoint_digest, "SHA-256 of the newest complete checkpoint's parameters"),
     ):
         parser = _verb(inner, name, function, text)
-        parser.add_argument("dir", type=Path, help="a run directory, or its checkpoints folder")
+        parser.add_argument("dir", help="a run directory, its checkpoints folder, or their URL")
 
 
 def _start_jax() -> None:
@@ -375,8 +375,10 @@ def _checkpoint_digest(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _checkpoints_folder(folder: Path) -> Path:
-    inner = folder / "checkpoints"
+def _checkpoints_folder(directory: str) -> str | Path:
+    folder = Path(directory)
+    if "://" in directory or folder.is_file():  # such a file holds the URL
+        return directory
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; give a run directory or its checkpoints folder")
-    return inner if inner.is_dir() else folder
+    return folder / "checkpoints" if (folder / "checkpoints").exists() else folder

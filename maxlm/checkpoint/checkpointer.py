@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from maxlm.checkpoint import agreement, integrity, layout, leaves, orbax_io, verified
+from maxlm.checkpoint import agreement, layout, leaves, verified
+from maxlm.checkpoint.durable import Directory, opened, read_meta
 from maxlm.checkpoint.layout import CheckpointError
 from maxlm.checkpoint.local_tier import LocalTier
 
@@ -20,7 +21,8 @@ from maxlm.checkpoint.local_tier import LocalTier
 class Checkpointer:
     """Saves asynchronously, commits atomically, prunes by policy. Every process of a run makes one and calls it alike.
 
-    Two tiers: `save` writes to `directory`, where all processes meet; `save_local` to each host's own `local_path`.
+    Two tiers: `save` writes to `directory`, a folder or the URL of an object store, where all processes meet;
+    `save_local` to each host's own `local_path`.
 
     A save copies the state to the host, returns, and writes in the background. When it is complete, checkpoints
     that are neither among the newest `keep_last` nor multiples of `keep_every` (0: none), nor the newest one that lies
@@ -31,28 +33,32 @@ class Checkpointer:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, keep_last: int, keep_every: int = 0, keep_behind: int = 0,
+        self, directory: Directory, *, keep_last: int, keep_every: int = 0, keep_behind: int = 0,
         local_path: str | os.PathLike[str] | None = None, local_keep_last: int = 2,
     ) -> None:
         if keep_last < 1 or keep_every < 0 or keep_behind < 0:
             raise ValueError(f"{keep_last=} must be at least 1, {keep_every=} and {keep_behind=} at least 0")
-        self.directory = Path(directory).absolute()
+        self.durable = opened(directory)
         self._keep = keep_last, keep_every, keep_behind
         self._primary = jax.process_index() == 0
-        self._orbax: Any = None  # made by the first save: importing Orbax is not paid before the first step
-        self._saving: Path | None = None
         self._background: threading.Thread | None = None
         self._error: CheckpointError | None = None
-        if self._primary:
-            layout.prepare(self.directory)
-        self._steps = agreement.of_first(layout.complete_steps(self.directory) if self._primary else None)
+        start = agreement.of_first(f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:8]}")
+        agreement.on_all(lambda: self.durable.prepare(start))
+        self._steps: list[int] = self._complete_steps()
         self._local: LocalTier | None = None
         if local_path is not None:
-            self._local = _local_tier(self.directory, Path(local_path), local_keep_last)
+            run = agreement.on_all(lambda: self.durable.run_name() if self._primary else None)[0]
+            agreement.on_all(lambda: self._open_local(local_path, run, start, local_keep_last))
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None. Waits for a save in progress."""
         self.wait()
+        return max(self._steps, default=None)
+
+    @property
+    def newest_known(self) -> int | None:
+        """The newest step known to be complete; asks nobody and waits for nothing."""
         return max(self._steps, default=None)
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
@@ -66,17 +72,11 @@ class Checkpointer:
         if step in self._steps:
             return False
         arrays, document = _to_write(state, meta)
-        path = layout.step_path(self.directory, step)
-        self._saving = path
         try:
-            if self._orbax is None:
-                self._orbax = orbax_io.async_checkpointer(self._before_commit)
-            if self._primary and path.exists():
-                layout.set_aside(path)
-            self._orbax.save(path, args=orbax_io.save_args(arrays, document))
+            self.durable.begin(step, arrays, document)
         except Exception as error:
-            raise self._failed(path, error) from error
-        self._background = threading.Thread(target=self._finish, args=(step, path), name="checkpoint")
+            raise self._failed(step, error) from error
+        self._background = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
         self._background.start()
         return True
 
@@ -89,7 +89,7 @@ class Checkpointer:
     def restore(self, step: int | None, like: Any) -> Any:
         """`restore_state` from this directory, after a save in progress."""
         self.wait()
-        return verified.restore_state(self.directory, step, like)
+        return verified.restore_state(str(self.durable), step, like)
 
     def restore_newest(
         self, target: Callable[[int, dict[str, Any]], Any], *, strict: bool = False, say: Callable[[str], None]
@@ -97,8 +97,8 @@ class Checkpointer:
         """`verified.newest_good` of this directory: None where nothing was ever saved; damaged checkpoints are set
         aside on the way."""
         self.wait()
-        found = verified.newest_good(self.directory, target, strict=strict, say=say, local=self._local)
-        self._steps = agreement.of_first(layout.complete_steps(self.directory) if self._primary else None)
+        found = verified.newest_good(self.durable, target, strict=strict, say=say, local=self._local)
+        self._steps = self._complete_steps()
         if found is not None and self._local is not None:
             self._local.discard_after(found.step)  # what not all hosts have would only be in the way
         return found
@@ -110,19 +110,19 @@ class Checkpointer:
         self.wait()
         doomed = [later for later in self._steps if later > step]
         if expected and len(doomed) == len(self._steps):
-            raise CheckpointError(f"{self.directory} has no checkpoint up to step {step} to go back to: raise "
+            raise CheckpointError(f"{self.durable} has no checkpoint up to step {step} to go back to: raise "
                                   "checkpoint.keep_last, or lower resilience.spike.skip_batches")
         if self._local is not None:
             self._local.discard_after(step)
-        for later in reversed(doomed):
-            if self._primary:
-                layout.delete(layout.step_path(self.directory, later))
+        if self._primary:
+            for later in reversed(doomed):
+                self._delete(later)
         self._steps = [kept for kept in self._steps if kept <= step]
 
     def restore_meta(self, step: int | None = None) -> dict[str, Any]:
         """The `meta` that was saved with `step` (None: the newest complete one)."""
         self.wait()
-        return layout.read_meta(self.directory, step)
+        return read_meta(str(self.durable), step)
 
     def wait(self) -> None:
         """Returns when nothing is being written. Raises CheckpointError where the last save failed."""
@@ -140,9 +140,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            if self._orbax is not None:
-                self._orbax.close()
-                self._orbax = None
+            self.durable.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -154,18 +152,12 @@ class Checkpointer:
             if kind is None:  # what is already being raised says more
                 raise
 
-    def _before_commit(self) -> None:
-        assert self._saving is not None
-        writing = self._saving.with_name(self._saving.name + layout.IN_PROGRESS_SUFFIX)
-        integrity.write_manifest(writing)
-        layout.make_durable(writing)
-
-    def _finish(self, step: int, path: Path) -> None:
-        """In the background: waits for the commit, makes it durable, and only then deletes what it replaces."""
+    def _finish(self, step: int) -> None:
+        """In the background: waits until the step is complete and durable, and only then deletes what it replaces."""
         try:
-            self._orbax.wait_until_finished()
+            self.durable.finish()
         except BaseException as error:
-            self._error = self._failed(path, error)
+            self._error = self._failed(step, error)
             return
         steps = [*self._steps, step]
         doomed = layout.steps_to_delete(steps, *self._keep)
@@ -173,20 +165,29 @@ class Checkpointer:
         if not self._primary:
             return
         try:
-            for name in (path / layout.COMMIT_FILE, path, self.directory):
-                layout.flush(name)
             for old in doomed:
-                layout.delete(layout.step_path(self.directory, old))
-        except Exception as error:
-            self._error = layout.explain(error, path, "committing")
+                self._delete(old)
+        except CheckpointError as error:
+            self._error = error
 
-    def _failed(self, path: Path, error: BaseException) -> CheckpointError:
-        if self._primary:
-            layout.discard_in_progress(path)
-        explained = layout.explain(error, path, "saving")
+    def _delete(self, step: int) -> None:
+        try:
+            self.durable.delete(step)
+        except Exception as error:
+            raise self.durable.explain(error, step, "deleting") from error
+
+    def _failed(self, step: int, error: BaseException) -> CheckpointError:
+        self.durable.discard()
+        explained = self.durable.explain(error, step, "saving")
         explained.__cause__ = error
         return explained
 
+    def _complete_steps(self) -> list[int]:
+        """As process 0 sees them: network file systems may show others an older folder."""
+        return agreement.on_all(lambda: self.durable.complete_steps() if self._primary else None)[0]
+
+    def _open_local(self, folder: str | os.PathLike[str], run: str, start: str, keep_last: int) -> None:
+        self._local = LocalTier(folder, run, start, keep_last=keep_last)
 
 
 def _to_write(state: Any, meta: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -194,12 +195,3 @@ def _to_write(state: Any, meta: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     arrays = leaves.plain_arrays(state)
     index = leaves.index_of(arrays)
     return arrays, {"format": layout.FORMAT, "arrays": index, "meta": json.loads(json.dumps(meta))}
-
-
-def _local_tier(directory: Path, local_path: Path, keep_last: int) -> LocalTier:
-    """The local tier of the run whose durable checkpoints are in `directory`."""
-    primary = jax.process_index() == 0
-    run, start = agreement.on_all(lambda: [layout.run_name(directory), uuid.uuid4().hex] if primary else None)[0]
-    made: list[LocalTier] = []
-    agreement.on_all(lambda: made.append(LocalTier(local_path, run, start, keep_last=keep_last)))
-    return made[0]

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.checkpoint import layout, reading, verified
+from maxlm.checkpoint import verified
+from maxlm.checkpoint.durable import opened, require_step
 
 _READ_BYTES = 1 << 30  # host memory that one read of several arrays may take (a single larger array takes its own)
 
@@ -21,12 +22,10 @@ def tree_digest(directory: str | os.PathLike[str], step: int | None = None) -> s
     'params/embedding/table float32 [4096, 192]', then its raw bytes, C order, little-endian.
     Reads on the host, in pieces of about 1 GiB, and needs no config. Raises CheckpointError, IntegrityError.
     """
-    path = layout.step_path(directory, layout.require_step(directory, step))
-    verified.require_intact(path)
-    index = {name: entry for name, entry in layout.read_document(path)["arrays"].items() if name.startswith("params/")}
-    return _hash(
-        item for names in _groups(index) for item in sorted(reading.restore_numpy(path, names).items())
-    )
+    durable, step = opened(directory), require_step(directory, step)
+    verified.require_intact(durable, step)
+    index = {name: entry for name, entry in durable.document(step)["arrays"].items() if name.startswith("params/")}
+    return _hash(item for names in _groups(index) for item in sorted(durable.arrays(step, names).items()))
 
 
 def array_digest(arrays: Mapping[str, Any]) -> str:

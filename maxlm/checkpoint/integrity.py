@@ -24,6 +24,7 @@ from maxlm.checkpoint.layout import COMMIT_FILE, FORMAT, META_FILE, META_ITEM, C
 
 MANIFEST_FILE = "manifest.json"
 BLOCK_BYTES = 1 << 24
+ALL, NO_ARRAYS = (0, 1), (0, 0)  # shares of the blocks, for `damage`
 _WRITTEN_LATER = (COMMIT_FILE, "_CHECKPOINT_METADATA")  # by Orbax, while committing: must be there, and not be empty
 _PART_PREFIX = "manifest.part."  # what one process wrote; process 0 folds them into the manifest
 
@@ -48,12 +49,12 @@ def write_manifest(folder: Path) -> None:
     _write(folder / MANIFEST_FILE, files | _checksums(folder, rest))
 
 
-def damage(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+def damage(path: Path, share: tuple[int, int] = ALL) -> str | None:
     """What is wrong with the complete or half-written checkpoint at `path`, in a few words; None if nothing is.
 
-    share: (i, n) reads only every nth block of the arrays from the ith on, (0, 0) none of them; the n shares together
-    read everything. Sizes, names and the metadata are checked by every share. Raises CheckpointError where the files
-    may not be read, or are of another format.
+    share: (i, n) reads only every nth block of the arrays from the ith on, NO_ARRAYS none of them; the n shares
+    together read everything. Sizes, names and the metadata are checked by every share. Raises CheckpointError where the
+    files may not be read, or are of another format.
     """
     try:
         files = read_manifest(path)
@@ -92,6 +93,20 @@ def read_manifest(path: Path) -> dict[str, tuple[int, list[int]]]:
         raise IntegrityError(f"{MANIFEST_FILE} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise IntegrityError(f"{MANIFEST_FILE} is damaged") from None
+
+
+def sealed(body: dict[str, Any]) -> bytes:
+    """`body` as JSON, with its own checksum in it."""
+    return json.dumps({**body, "crc32": _crc_of(body)}).encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any] | None:
+    """What `sealed` made `data` of; None where it was altered since."""
+    try:
+        body = json.loads(data)
+        return body if body.pop("crc32") == _crc_of(body) else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _refuse_older_format(path: Path) -> None:
@@ -155,8 +170,8 @@ def _files(folder: Path, relative_to: Path) -> list[str]:
     )
 
 
-def _crc_of(files: Any) -> int:
-    return zlib.crc32(json.dumps(files, sort_keys=True).encode())
+def _crc_of(body: Any) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
 def _write(path: Path, files: dict[str, Any]) -> None:

@@ -86,34 +86,8 @@ def present_steps(directory: str | os.PathLike[str]) -> list[int]:
     return [step for step, _ in step_folders(directory)]
 
 
-def latest_step(directory: str | os.PathLike[str]) -> int | None:
-    """The newest complete checkpoint's step, or None."""
-    return max(complete_steps(directory), default=None)
-
-
-def require_step(directory: str | os.PathLike[str], step: int | None) -> int:
-    """`step`, or the newest one for None. Raises CheckpointError where there is none, IntegrityError where the newest
-    is half-written: what to read then is the user's choice."""
-    steps = complete_steps(directory)
-    if step is None and (newest := max(present_steps(directory), default=-1)) > max(steps, default=-1):
-        known = ", ".join(map(str, steps)) or "none"
-        raise IntegrityError(
-            f"{step_path(directory, newest)} is not complete, files are missing: choose --step ({known}), or let "
-            "`maxlm train` set it aside"
-        )
-    if step is None and not steps:
-        raise CheckpointError(f"no complete checkpoint in {directory}: check the path, or train first")
-    if step is not None and step not in steps:
-        known = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(f"no complete checkpoint of step {step} in {directory}: choose one of: {known}")
-    return steps[-1] if step is None else step
-
-
-def list_checkpoints(directory: str | os.PathLike[str]) -> list[CheckpointRow]:
-    """One row for every step folder and every save in progress, ascending by step.
-
-    Raises CheckpointError where `directory` does not exist.
-    """
+def rows(directory: Path) -> list[CheckpointRow]:
+    """What `maxlm checkpoint list` shows of a folder. Raises CheckpointError where it does not exist."""
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory} is not a folder of checkpoints: give RUN_DIR/checkpoints")
     folders = step_folders(directory) + step_folders(directory, IN_PROGRESS_SUFFIX)
@@ -130,11 +104,6 @@ def read_document(path: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise CheckpointError(f"{path} is of format {found!r}, this maxlm reads {FORMAT}: use the maxlm that wrote it")
     return document
-
-
-def read_meta(directory: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
-    """The `meta` given to `Checkpointer.save` for `step` (None: the newest complete one)."""
-    return read_document(step_path(directory, require_step(directory, step)))["meta"]
 
 
 def steps_to_delete(steps: list[int], keep_last: int, keep_every: int, keep_behind: int = 0) -> list[int]:
@@ -157,28 +126,6 @@ def prepare(directory: Path) -> None:
                 shutil.rmtree(entry)
     except OSError as error:
         raise explain(error, directory, "preparing") from error
-
-
-def redirect(folder: Path, target: Path) -> None:
-    """Makes `folder` a link to `target`, where the checkpoints are kept, so that whoever reads a run finds them there.
-
-    Raises CheckpointError where `folder` holds checkpoints of its own, or the link cannot be made.
-    """
-    target = target.absolute()
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        if folder.is_symlink():
-            if Path(os.readlink(folder)) == target:
-                return
-            folder.unlink()  # checkpoint.path was changed: the checkpoints have been moved
-        elif folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        if folder.exists():
-            raise CheckpointError(f"checkpoint.path={target}: {folder} has checkpoints of its own: move what is in it "
-                                  "to checkpoint.path, remove it, and run the same command again")
-        folder.symlink_to(target, target_is_directory=True)
-    except OSError as error:
-        raise explain(error, target, "preparing checkpoint.path") from error
 
 
 def run_name(directory: Path) -> str:

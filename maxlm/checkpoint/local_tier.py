@@ -13,7 +13,6 @@ save is complete when STEP appears, on this host alone: what all hosts together 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -26,11 +25,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.checkpoint import layout
+from maxlm.checkpoint import integrity, layout
 from maxlm.checkpoint.layout import CheckpointError
-from maxlm.checkpoint.leaves import Box, aligned_empty, box_of
-
-Piece = tuple[str, Box]  # which array, which part of it
+from maxlm.checkpoint.leaves import aligned_empty
+from maxlm.checkpoint.pieces import Piece, as_bytes, box_from, on_host
 
 PIECES_FILE, MANIFEST_FILE = "pieces", "manifest.json"
 PARTIAL_SUFFIX = ".partial"
@@ -90,7 +88,7 @@ class LocalTier:
         """Starts writing this process's shards of `arrays`, once the save before is done; they may be donated then."""
         self.wait()
         self._prune(step)
-        pieces = _on_host(arrays)
+        pieces = on_host(arrays)
         self._writing = threading.Thread(target=self._write, args=(step, pieces, document), name="local checkpoint")
         self._writing.start()
 
@@ -144,14 +142,14 @@ class LocalTier:
             table, offset = [], 0
             with open(partial / PIECES_FILE, "wb", buffering=0) as file:
                 for (name, box), array in pieces:
-                    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                    data = as_bytes(array)
                     table.append([name, box, offset, data.size, zlib.crc32(data)])
                     offset += data.size
                     view = memoryview(data)
                     while len(view):
                         view = view[file.write(view) :]
             body = {"format": layout.FORMAT, "start": self._start, "document": document, "pieces": table}
-            (partial / MANIFEST_FILE).write_text(json.dumps({**body, "crc32": _crc_of(body)}), encoding="utf-8")
+            (partial / MANIFEST_FILE).write_bytes(integrity.sealed(body))
             if path.exists():  # of a life before this one
                 _remove(path)
             partial.rename(path)
@@ -166,27 +164,12 @@ class LocalTier:
         return [found for folder in self._process_folders() for found in layout.step_folders(folder)]
 
 
-def _on_host(arrays: Mapping[str, Any]) -> list[tuple[Piece, np.ndarray]]:
-    """Every distinct shard that this process holds. On a CPU these are views: JAX does not donate what is viewed."""
-    shards = {}
-    for name, array in arrays.items():
-        if not isinstance(array, jax.Array):
-            shards[name, tuple((0, size) for size in array.shape)] = array
-            continue
-        for shard in array.addressable_shards:
-            piece = name, box_of(shard.index, array.shape)
-            if piece not in shards:
-                shards[piece] = shard.data
-                shard.data.copy_to_host_async()
-    return [(piece, np.asarray(data)) for piece, data in shards.items()]
-
-
 def _read_manifest(path: Path, step: int) -> Copy:
-    body = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-    if body.pop("crc32") != _crc_of(body) or body["format"] != layout.FORMAT:
+    body = integrity.unsealed((path / MANIFEST_FILE).read_bytes())
+    if body is None or body["format"] != layout.FORMAT:
         raise ValueError(f"{MANIFEST_FILE} is damaged")
     pieces = {
-        (name, tuple((start, stop) for start, stop in box)): (offset, size, crc)
+        (name, box_from(box)): (offset, size, crc)
         for name, box, offset, size, crc in body["pieces"]
     }
     expected = max((offset + size for offset, size, _ in pieces.values()), default=0)
@@ -194,10 +177,6 @@ def _read_manifest(path: Path, step: int) -> Copy:
     if found != expected:
         raise ValueError(f"{PIECES_FILE} has {found} bytes instead of {expected}")
     return Copy(path, step, body["start"], body["document"], pieces)
-
-
-def _crc_of(body: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
 def _remove(path: Path) -> None:

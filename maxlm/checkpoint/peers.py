@@ -18,7 +18,8 @@ import numpy as np
 
 from maxlm.checkpoint import agreement, layout, leaves
 from maxlm.checkpoint.leaves import Box, box_of
-from maxlm.checkpoint.local_tier import Copy, LocalTier, Piece
+from maxlm.checkpoint.local_tier import Copy, LocalTier
+from maxlm.checkpoint.pieces import Piece, assemble, box_from, cover, shaped, volume
 
 _CHUNK_BYTES = 1 << 26
 
@@ -37,7 +38,7 @@ class LocalSteps:
             for step, start, pieces in held:
                 claims = self._claims.setdefault((step, start), {})
                 for name, box in pieces:
-                    claims.setdefault((name, _box(box)), set()).add(process)
+                    claims.setdefault((name, box_from(box)), set()).add(process)
         self.steps = sorted({step for step, _ in self._claims}, reverse=True)
 
     def restore(self, step: int, target: Callable[[int, dict[str, Any]], Any]) -> tuple[dict[str, Any], Any] | None:
@@ -75,7 +76,7 @@ class LocalSteps:
                 break
             for process, pieces in enumerate(lost):
                 for name, box in pieces:
-                    claims[name, _box(box)].discard(process)
+                    claims[name, box_from(box)].discard(process)
         _broadcast(sends, data, wanted)
         return data
 
@@ -113,32 +114,13 @@ def _plan(needs: list[set[Piece]], claims: Claims) -> tuple[list[set[Piece]], li
         if holders:
             by_name.setdefault(name, []).append(box)
     chosen: dict[Piece, list[Box] | None] = {
-        need: _cover(need[1], by_name.get(need[0], [])) for need in set().union(*needs)
+        need: cover(need[1], by_name.get(need[0], [])) for need in set().union(*needs)
     }
     if None in chosen.values():
         return None
     used = [{(name, box) for name, need in process for box in chosen[name, need]} for process in needs]
     lacking = {piece for process, pieces in enumerate(used) for piece in pieces if process not in claims[piece]}
     return used, [(piece, min(claims[piece])) for piece in sorted(lacking)]
-
-
-def _cover(need: Box, boxes: list[Box]) -> list[Box] | None:
-    """Of `boxes`, `need` itself or disjoint ones that fill it; None where they do not."""
-    if need in boxes:
-        return [need]
-    chosen: list[Box] = []
-    for box in boxes:
-        if _volume(_common(box, need)) and not any(_volume(_common(box, other)) for other in chosen):
-            chosen.append(box)
-    return chosen if sum(_volume(_common(box, need)) for box in chosen) == _volume(need) else None
-
-
-def _common(one: Box, other: Box) -> Box:
-    return tuple((max(a, c), max(a, c, min(b, d))) for (a, b), (c, d) in zip(one, other, strict=True))
-
-
-def _volume(box: Box) -> int:
-    return int(np.prod([stop - start for start, stop in box], dtype=np.int64))
 
 
 def _placed(name: str, leaf: Any, data: Mapping[Piece, np.ndarray]) -> jax.Array:
@@ -149,22 +131,13 @@ def _placed(name: str, leaf: Any, data: Mapping[Piece, np.ndarray]) -> jax.Array
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         need = box_of(index, shape)
         if need in pieces:
-            return _shaped(pieces[need], dtype, need)
-        whole = np.empty([stop - start for start, stop in need], dtype)
-        for box in _cover(need, sorted(pieces)) or ():
-            common = _common(box, need)
-            whole[_slices(common, need)] = _shaped(pieces[box], dtype, box)[_slices(common, box)]
-        return whole
+            return shaped(pieces[need], dtype, need)
+        part = np.empty([stop - start for start, stop in need], dtype)
+        for box in cover(need, sorted(pieces)) or ():
+            assemble(part, need, box, shaped(pieces[box], dtype, box))
+        return part
 
     return jax.make_array_from_callback(shape, leaf.sharding, shard)
-
-
-def _shaped(data: np.ndarray, dtype: np.dtype, box: Box) -> np.ndarray:
-    return data.view(dtype).reshape([stop - start for start, stop in box])
-
-
-def _slices(box: Box, inside: Box) -> tuple[slice, ...]:
-    return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, inside, strict=True))
 
 
 def _broadcast(
@@ -176,7 +149,7 @@ def _broadcast(
     me = jax.process_index()
     for holder in sorted({holder for _, holder in sends}):
         pieces = [piece for piece, sender in sends if sender == holder]
-        sizes = [_volume(box) * np.dtype(wanted[name].dtype).itemsize for name, box in pieces]
+        sizes = [volume(box) * np.dtype(wanted[name].dtype).itemsize for name, box in pieces]
         stream = np.concatenate([data[piece] for piece in pieces]) if me == holder else np.empty(sum(sizes), np.uint8)
         chunk = min(_CHUNK_BYTES, 1 << (stream.size - 1).bit_length())
         for start in range(0, stream.size, chunk):
@@ -187,10 +160,6 @@ def _broadcast(
             stream[start : start + chunk] = got[: here.size]
         for piece, part in zip(pieces, np.split(stream, np.cumsum(sizes)[:-1]), strict=True):
             data.setdefault(piece, part)
-
-
-def _box(box: Any) -> Box:
-    return tuple((start, stop) for start, stop in box)
 
 
 def _set_aside(path: Any, text: str) -> str:

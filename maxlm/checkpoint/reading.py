@@ -8,7 +8,7 @@ another: docs/RESILIENCE.md has what that is worth.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,13 @@ from maxlm.checkpoint.leaves import Box
 _AHEAD_BYTES = 4 << 30  # of host memory that is being read into while what came before is placed
 
 
-def restore_like(path: Path, like: Any) -> Any:
-    """The arrays of the checkpoint at `path`, placed as `like` says; each process reads its own shards.
+# Of arrays (name -> [dtype, shape]), the boxes asked for: yields each array's, in order. Raises IntegrityError.
+Reader = Callable[[Mapping[str, list[Any]], Mapping[str, set[Box]]], Iterable[tuple[str, dict[Box, np.ndarray]]]]
+
+
+def restore_like(document: Mapping[str, Any], where: str, like: Any, read: Reader) -> Any:
+    """The arrays of the checkpoint that `document` describes and `read` reads, placed as `like` says; each process
+    reads its own shards. where: the checkpoint's name in messages.
 
     like: pytree of jax.ShapeDtypeStruct with a concrete NamedSharding each, on any mesh; it need not be the whole
     saved state: top-level entries that it lacks altogether are not read (evaluation restores 'params' alone).
@@ -33,13 +38,13 @@ def restore_like(path: Path, like: Any) -> Any:
         if not isinstance(getattr(leaf, "sharding", None), jax.sharding.Sharding):
             raise ValueError(f"restore target {name!r} needs a concrete sharding, got {leaf}")
     sections = {name.split("/")[0] for name in wanted}
-    saved = {n: e for n, e in layout.read_document(path)["arrays"].items() if n.split("/")[0] in sections}
-    leaves.require_same(saved, leaves.index_of(wanted), str(path))
+    saved = {n: e for n, e in document["arrays"].items() if n.split("/")[0] in sections}
+    leaves.require_same(saved, leaves.index_of(wanted), where)
     boxes = {
         name: {leaves.box_of(index, leaf.shape) for index in _local_indices(leaf)} for name, leaf in wanted.items()
     }
     placed = {}
-    for name, parts in _read(path, leaves.index_of(wanted), boxes):
+    for name, parts in read(leaves.index_of(wanted), boxes):
         leaf = wanted[name]
         placed[name] = jax.make_array_from_callback(
             tuple(leaf.shape), leaf.sharding,
@@ -48,22 +53,23 @@ def restore_like(path: Path, like: Any) -> Any:
     return leaves.rebuild(like, placed)
 
 
-def restore_numpy(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The named arrays of the checkpoint at `path`, whole, in host memory. Raises IntegrityError."""
-    saved = layout.read_document(path)["arrays"]
+def restore_numpy(document: Mapping[str, Any], names: Iterable[str], read: Reader) -> dict[str, np.ndarray]:
+    """The named arrays of the checkpoint that `document` describes, whole, in host memory. Raises IntegrityError."""
+    saved = document["arrays"]
     index = {name: saved[name] for name in names}
     whole = {name: {tuple((0, size) for size in shape)} for name, (_, shape) in index.items()}
-    return {name: next(iter(parts.values())) for name, parts in _read(path, index, whole)}
+    return {name: next(iter(parts.values())) for name, parts in read(index, whole)}
 
 
 def _local_indices(leaf: Any) -> Iterable[tuple[slice, ...]]:
     return leaf.sharding.addressable_devices_indices_map(tuple(leaf.shape)).values()
 
 
-def _read(
+def read_folder(
     path: Path, index: Mapping[str, list[Any]], boxes: Mapping[str, Iterable[Box]]
 ) -> Iterable[tuple[str, dict[Box, np.ndarray]]]:
-    """Each array's boxes, in order, with later ones under way while an earlier one is in the caller's hands."""
+    """Each array's boxes, in order, from what Orbax wrote at `path`, with later ones under way while an earlier one is
+    in the caller's hands."""
     import tensorstore as ts
 
     base = {"driver": "ocdbt", "base": f"file://{path / layout.STATE_ITEM}/"}

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from maxlm.checkpoint import agreement, integrity, layout, reading
+from maxlm.checkpoint import agreement
+from maxlm.checkpoint.durable import Directory, opened, require_step
 from maxlm.checkpoint.layout import IntegrityError
 from maxlm.checkpoint.local_tier import LocalTier
 from maxlm.checkpoint.peers import LocalSteps
-
-_NO_ARRAYS = (0, 0)  # of integrity.damage: names, sizes and metadata only
 
 
 @dataclass
@@ -28,60 +24,62 @@ class Restored:
     state: Any = field(repr=False)
 
 
-def restore_state(directory: str | os.PathLike[str], step: int | None, like: Any) -> Any:
+def restore_state(directory: Directory, step: int | None, like: Any) -> Any:
     """The state of `step` (None: the newest complete one), verified and placed as `like` says (reading.restore_like).
 
     Every process must call it; each checks its share of the files, and all get the same answer. Values are
     bit-identical to what was saved. Raises IntegrityError where the checkpoint is damaged (nothing is renamed),
     CheckpointError where names, shapes or dtypes differ or the files may not be read.
     """
-    path = layout.step_path(directory, layout.require_step(directory, step))
-    damage = _damage(path)
+    durable, step = opened(directory), require_step(directory, step)
+    damage = _metadata_damage(durable, step)
     if damage is None:
-        state, damage = restore_verified(path, like)
+        state, damage = restore_verified(durable, step, like)
     if damage is not None:
-        raise _refused(path, damage)
+        raise _refused(durable, step, damage)
     return state
 
 
-def require_intact(path: Path) -> None:
-    """Raises IntegrityError where the checkpoint at `path` is damaged. One process reads all of it."""
-    damage = integrity.damage(path)
+def require_intact(durable: Any, step: int) -> None:
+    """Raises IntegrityError where the checkpoint of `step` is damaged. One process reads all of it."""
+    damage = durable.damage(step)
     if damage is not None:
-        raise _refused(path, damage)
+        raise _refused(durable, step, damage)
 
 
-def verify(directory: str | os.PathLike[str]) -> list[tuple[int, str | None]]:
-    """(step, what is damaged or None) for every step folder of `directory`, ascending; reads every byte of them."""
-    return [(step, integrity.damage(layout.step_path(directory, step))) for step in layout.present_steps(directory)]
+def verify(directory: Directory) -> list[tuple[int, str | None]]:
+    """(step, what is damaged or None) for every checkpoint in `directory`, ascending; reads every byte of them."""
+    durable = opened(directory)
+    return [(step, durable.damage(step)) for step in durable.present_steps()]
 
 
-def restore_verified(path: Path, like: Any) -> tuple[Any, str | None]:
-    """(the state at `path`, None), or (None, what is damaged), the same on every process.
+def restore_verified(durable: Any, step: int, like: Any) -> tuple[Any, str | None]:
+    """(the state of `step`, None), or (None, what is damaged), the same on every process."""
+    restored: list[Any] = []
 
-    Checksums are compared while TensorStore reads, so that what one brings into the page cache the other finds there.
-    """
-    with ThreadPoolExecutor(1) as background:
-        checked = background.submit(integrity.damage, path, (jax.process_index(), jax.process_count()))
-        state, failure = None, None
+    def look() -> tuple[str | None, str | None]:
         try:
-            state = reading.restore_like(path, like)
-        except IntegrityError as error:
-            failure = error
-        damage = _agreed(checked.result)
-    if damage is not None:
-        return None, damage
-    unreadable = agreement.first_of(str(failure) if failure else None)
-    if unreadable is not None:  # every byte is as it was written, and yet TensorStore refuses it
-        raise IntegrityError(unreadable) from failure
-    return state, None
+            state, damage = durable.restore(step, like)
+        except IntegrityError as error:  # every byte is as it was written, and yet TensorStore refuses it
+            return None, str(error)
+        restored.append(state)
+        return damage, None
+
+    looks = agreement.on_all(look)
+    for damage, _ in looks:
+        if damage is not None:
+            return None, damage
+    for _, unreadable in looks:
+        if unreadable is not None:
+            raise IntegrityError(unreadable)
+    return restored[0], None
 
 
 def newest_good(
-    directory: Path, target: Callable[[int, dict[str, Any]], Any], *, strict: bool, say: Callable[[str], None],
+    durable: Any, target: Callable[[int, dict[str, Any]], Any], *, strict: bool, say: Callable[[str], None],
     local: LocalTier | None = None,
 ) -> Restored | None:
-    """The newest good checkpoint in `directory` and the local tier; None where there has never been one.
+    """The newest good checkpoint in `durable` and the local tier; None where there has never been one.
 
     target: (step, its meta) -> what `restore_state` takes as `like`; it may refuse by raising. A damaged or
     half-written checkpoint is renamed STEP.damaged, which `say` reports in one line; with `strict`, and where no good
@@ -90,37 +88,36 @@ def newest_good(
     copies = LocalSteps(local) if local is not None else None
     if copies:
         _report(copies.notes, strict, say)
-    durable = agreement.of_first(layout.present_steps(directory) if jax.process_index() == 0 else None)
+    saved = agreement.on_all(lambda: durable.present_steps() if jax.process_index() == 0 else None)[0]
     restored = None
-    for step in sorted({*durable, *(copies.steps if copies else ())}, reverse=True):
+    for step in sorted({*saved, *(copies.steps if copies else ())}, reverse=True):
         if copies and step in copies.steps:
             restored = copies.restore(step, target)
             _report(copies.notes, strict, say)
-        if restored is None and step in durable:
-            restored = _durable(directory, step, target, strict, say)
+        if restored is None and step in saved:
+            restored = _durable(durable, step, target, strict, say)
         if restored is not None:
             return Restored(step, *restored)
-    _refuse_to_begin_again(directory, local)
+    _refuse_to_begin_again(durable, local)
     return None
 
 
 def _durable(
-    directory: Path, step: int, target: Callable[[int, dict[str, Any]], Any], strict: bool, say: Callable[[str], None]
+    durable: Any, step: int, target: Callable[[int, dict[str, Any]], Any], strict: bool, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], Any] | None:
     """(meta, state) of `step`; None where it is damaged, and set aside now."""
-    path = layout.step_path(directory, step)
-    state, damage = None, _damage(path)
+    state, damage = None, _metadata_damage(durable, step)
     if damage is None:
-        meta = layout.read_document(path)["meta"]
-        state, damage = restore_verified(path, target(step, meta))
+        meta = durable.document(step)["meta"]
+        state, damage = restore_verified(durable, step, target(step, meta))
     if damage is None:
         return meta, state
     if strict:
         raise IntegrityError(
-            f"{path} is damaged ({damage}): --strict refuses to go on without it; without --strict it is set aside "
-            "and the run resumes from the checkpoint before it"
+            f"{durable.path(step)} is damaged ({damage}): --strict refuses to go on without it; without --strict it "
+            "is set aside and the run resumes from the checkpoint before it"
         )
-    name = agreement.on_all(lambda: layout.set_aside(path).name if jax.process_index() == 0 else None)[0]
+    name = agreement.on_all(lambda: durable.set_aside(step) if jax.process_index() == 0 else None)[0]
     say(f"checkpoint {step} is damaged ({damage}): set aside as {name}")
     return None
 
@@ -135,28 +132,28 @@ def _report(notes: list[str], strict: bool, say: Callable[[str], None]) -> None:
         say(text)
 
 
-def _refuse_to_begin_again(directory: Path, local: LocalTier | None) -> None:
+def _refuse_to_begin_again(durable: Any, local: LocalTier | None) -> None:
     """Raises IntegrityError where there were checkpoints and none of them is good any more."""
-    aside = layout.set_aside_before(directory) if jax.process_index() == 0 else []
-    aside += local.set_aside_before() if local is not None else []
-    aside = [name for names in agreement.gather(aside) for name in names]
+
+    def look() -> list[str]:
+        found = durable.set_aside_before() if jax.process_index() == 0 else []
+        return found + (local.set_aside_before() if local is not None else [])
+
+    aside = [name for names in agreement.on_all(look) for name in names]
     if aside:
         raise IntegrityError(
-            f"no good checkpoint is left in {directory} ({', '.join(aside[-3:])} set aside as damaged): put back a "
+            f"no good checkpoint is left in {durable} ({', '.join(aside[-3:])} set aside as damaged): put back a "
             "good copy, or choose another --run-dir to train from the beginning"
         )
 
 
-def _damage(path: Path) -> str | None:
-    return _agreed(lambda: integrity.damage(path, _NO_ARRAYS))
+def _metadata_damage(durable: Any, step: int) -> str | None:
+    found = agreement.on_all(lambda: durable.damage(step, metadata_only=True))
+    return next((damage for damage in found if damage is not None), None)
 
 
-def _agreed(look: Callable[[], str | None]) -> str | None:
-    return next((found for found in agreement.on_all(look) if found is not None), None)
-
-
-def _refused(path: Path, damage: str) -> IntegrityError:
+def _refused(durable: Any, step: int, damage: str) -> IntegrityError:
     return IntegrityError(
-        f"{path} is damaged ({damage}): choose another checkpoint (`maxlm checkpoint verify`), or let `maxlm train` "
-        "set it aside"
+        f"{durable.path(step)} is damaged ({damage}): choose another checkpoint (`maxlm checkpoint verify`), or let "
+        "`maxlm train` set it aside"
     )

@@ -10,6 +10,7 @@ Standard library only: reading a config must never start an accelerator runtime.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -246,7 +247,8 @@ class ComputeConfig:
 class CheckpointConfig:
     """Saves every `every_steps` and at the end. The newest `keep_last` stay, and every multiple of `keep_every`.
 
-    path: the folder that keeps this run's checkpoints, on storage which every host sees; None: RUN_DIR/checkpoints.
+    path: the folder that keeps this run's checkpoints, on storage which every host sees, or the URL of an object store,
+    'gs://BUCKET/RUN' or 's3://BUCKET/RUN' ('file:///FOLDER' keeps their format in a folder); None: RUN_DIR/checkpoints.
     local_path: a folder on each host's own fast storage (/dev/shm/maxlm, an NVMe disk), where every process saves its
     part of the state every `local_every_steps`, and the newest `local_keep_last` stay beside the one being written.
     """
@@ -267,12 +269,14 @@ class CheckpointConfig:
             self.keep_every % self.every_steps == 0,
             f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every_steps={self.every_steps}",
         )
-        for name in ("path", "local_path"):
-            require(
-                "://" not in (getattr(self, name) or ""),
-                f"checkpoint.{name}={getattr(self, name)!r} is a URL, which is not built yet: mount the bucket "
-                "(gcsfuse, s3fs) and give its folder",
-            )
+        require(
+            "://" not in (self.path or "") or bool(re.fullmatch(r"((gs|s3)://[^/]+|file://)/.+", self.path or "")),
+            f"checkpoint.path={self.path!r} must be a folder, gs://BUCKET/RUN, s3://BUCKET/RUN or file:///FOLDER",
+        )
+        require(
+            "://" not in (self.local_path or ""),
+            f"checkpoint.local_path={self.local_path!r} is a URL: give a folder on each host's own storage",
+        )
         require(
             (self.local_path is None) == (self.local_every_steps == 0),
             "checkpoint.local_path and checkpoint.local_every_steps go together: give both, or neither",

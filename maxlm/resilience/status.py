@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from maxlm.checkpoint.layout import complete_steps
+from maxlm.checkpoint import complete_steps
 from maxlm.resilience.goodput import CATEGORIES, FILE, SAVE_SECONDS, read_goodput, started_of
 from maxlm.resilience.ledger import read_ledger
 from maxlm.resilience.run_lock import LOCK_FILE

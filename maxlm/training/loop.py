@@ -21,7 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from maxlm import __version__
-from maxlm.checkpoint import Checkpointer, latest_step
+from maxlm.checkpoint import Checkpointer
 from maxlm.config import RunConfig, training_difference
 from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData, TrainingData
@@ -35,7 +35,7 @@ from maxlm.training.corruption import CorruptionCheck
 from maxlm.training.evaluate import Evaluation, local_rows, make_evaluator, to_device
 from maxlm.training.metrics import MetricsWriter, plot_loss
 from maxlm.training.progress import Progress
-from maxlm.training.saved_run import CHECKPOINTS, CONFIG_FILE, DATA, TOKENIZER, TOKENIZER_CONFIG
+from maxlm.training.saved_run import CONFIG_FILE, DATA, TOKENIZER, TOKENIZER_CONFIG
 from maxlm.training.state import TrainState, abstract_state, init_state, kernels_of
 from maxlm.training.step import StepMetrics, compile_step
 from maxlm.training.step_ledger import StepLedger
@@ -279,7 +279,7 @@ class _Run:
 
     def _too_late(self) -> int:
         """Called where `resilience.stop_seconds` are over. The exit code: 0 where every step made is saved."""
-        saved = latest_step(self.run_dir / CHECKPOINTS) or 0
+        saved = self.checkpointer.newest_known or 0
         unsaved = self.reached - saved
         _print(f"maxlm: {self.config.resilience.stop_seconds:g} s (resilience.stop_seconds) after the signal: leaving "
                + (f"with step {saved} saved and {unsaved} not" if unsaved else "with everything saved"))

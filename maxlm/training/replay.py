@@ -20,8 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from maxlm.checkpoint import CheckpointError, read_meta, restore_state
-from maxlm.checkpoint.layout import complete_steps
+from maxlm.checkpoint import CheckpointError, complete_steps, read_meta, restore_state
 from maxlm.config import RunConfig
 from maxlm.data.folders import datasets_of
 from maxlm.data.loader import TrainingData

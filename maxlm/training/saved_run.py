@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from maxlm.checkpoint import read_meta, restore_state
-from maxlm.checkpoint.layout import require_step
+from maxlm.checkpoint import read_meta, require_step, restore_state
 from maxlm.config import DatasetConfig, RunConfig
 from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData

@@ -17,7 +17,7 @@ def open_checkpoints(config: RunConfig, run_dir: Path) -> Checkpointer:
     folder, keep, spike = run_dir / CHECKPOINTS, config.checkpoint, config.resilience.spike
     with together("preparing the checkpoints"):
         if keep.path is not None and jax.process_index() == 0:
-            redirect(folder, Path(keep.path))
+            redirect(folder, keep.path)
     return Checkpointer(
         folder, keep_last=keep.keep_last, keep_every=keep.keep_every,
         keep_behind=spike.skip_batches if spike.action == "rollback" else 0,

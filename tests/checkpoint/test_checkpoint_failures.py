@@ -141,7 +141,7 @@ def test_read_only_folder(tmp_path):
         with read_only(tmp_path) as folder:
             with pytest.raises(CheckpointError, match=message):
                 Checkpointer(folder / "new", keep_last=1)
-            checkpointer.directory = folder / "made"  # /sys/made where mounting is not permitted
+            checkpointer.durable.directory = folder / "made"  # /sys/made where mounting is not permitted
             with pytest.raises(CheckpointError, match=message):
                 checkpointer.save(2, small(2), {})
                 checkpointer.wait()

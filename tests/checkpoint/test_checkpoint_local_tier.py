@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import maxlm
-from maxlm.checkpoint import Checkpointer, CheckpointError, IntegrityError, peers
+from maxlm.checkpoint import Checkpointer, CheckpointError, IntegrityError, pieces
 
 WORKER = pathlib.Path(__file__).with_name("local_worker.py")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(maxlm.__file__).parents[1])}
@@ -230,9 +230,9 @@ def test_errors_are_one_line(tmp_path):
 
 def test_pieces_cover_a_box():
     rows = [((0, 2), (0, 4)), ((2, 4), (0, 4))]
-    assert peers._cover(((0, 2), (0, 4)), rows) == rows[:1]
-    assert peers._cover(((1, 3), (1, 2)), rows) == rows
-    assert peers._cover(((1, 5), (1, 2)), rows) is None
-    assert peers._cover((), [()]) == [()]
+    assert pieces.cover(((0, 2), (0, 4)), rows) == rows[:1]
+    assert pieces.cover(((1, 3), (1, 2)), rows) == rows
+    assert pieces.cover(((1, 5), (1, 2)), rows) is None
+    assert pieces.cover((), [()]) == [()]
     overlapping = [((0, 3), (0, 4)), ((2, 4), (0, 4))]
-    assert peers._cover(((0, 4), (0, 4)), overlapping) is None
+    assert pieces.cover(((0, 4), (0, 4)), overlapping) is None

@@ -15,7 +15,7 @@ import maxlm
 from maxlm.checkpoint import latest_step, list_checkpoints, read_meta, restore_state
 
 WORKER = pathlib.Path(__file__).with_name("pair_worker.py")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(maxlm.__file__).parents[1])}
+PYTHONPATH = str(pathlib.Path(maxlm.__file__).parents[1])
 
 
 def run_until(folder, number, told, at_step):
@@ -25,7 +25,8 @@ def run_until(folder, number, told, at_step):
         port = probe.getsockname()[1]
     pair = [
         subprocess.Popen([sys.executable, "-W", "ignore", WORKER, folder, str(port), str(i)],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, "PYTHONPATH": PYTHONPATH})
         for i in range(2)
     ]
     try:

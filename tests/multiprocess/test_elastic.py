@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from maxlm.checkpoint import tree_digest
-from maxlm.checkpoint.layout import read_document
-from maxlm.checkpoint.reading import restore_numpy
+from maxlm.checkpoint.durable import opened
 from maxlm.resilience import read_ledger
 from tests.multiprocess.launch import train
 from tests.training.runs import prepared, write_config
@@ -52,8 +51,8 @@ def token_stream(run):
 
 
 def arrays(run):
-    path = run / "checkpoints" / str(STEPS)
-    return restore_numpy(path, [name for name in read_document(path)["arrays"] if name.startswith("params/")])
+    durable = opened(run / "checkpoints")
+    return durable.arrays(STEPS, [name for name in durable.document(STEPS)["arrays"] if name.startswith("params/")])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -64,7 +63,7 @@ def test_any_processes_and_devices_train_alike(config, tmp_path, optimizer):
     ours, theirs = arrays(elastic), arrays(whole)
     for name, array in theirs.items():
         np.testing.assert_allclose(ours[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
-    start = restore_numpy(elastic / "checkpoints" / "2", theirs)
+    start = opened(elastic / "checkpoints").arrays(2, theirs)
     moved = max(float(np.abs(array - start[name]).max()) for name, array in theirs.items())
     assert moved > 1e-3, "the bound above must be far below what training changes"
     again = lives(config, tmp_path / "again", optimizer, (1, 4), (1, 4))

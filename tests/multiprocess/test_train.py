@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from maxlm.checkpoint import tree_digest
-from maxlm.checkpoint.layout import read_document
-from maxlm.checkpoint.reading import restore_numpy
+from maxlm.checkpoint.durable import opened
 from tests.multiprocess.launch import train
 from tests.training.runs import prepared, rows_of, timeless, write_config, write_texts
 
@@ -20,8 +19,8 @@ def config(tmp_path_factory):
 
 def last_state(run):
     """Every array of the checkpoint of the last step, by name."""
-    path = run / "checkpoints" / "6"
-    return restore_numpy(path, read_document(path)["arrays"])
+    durable = opened(run / "checkpoints")
+    return durable.arrays(6, durable.document(6)["arrays"])
 
 
 def test_two_processes_train_to_the_end(config, tmp_path):
