@@ -74,7 +74,7 @@ def analyse(law: Law, runs: Runs, *, replicates: int = 4000, level: float = 0.95
     found = bootstrap(fitted, kept, replicates, seed)
     table = intervals(fitted.natural, found, level)
     clock.append(time.perf_counter())
-    per = flops_per_param_token(kept)
+    per = flops_per_param_token(kept, law)
     flops = _budgets_ahead(law, kept, at_flops)
     assessed = None
     if unseen is not None:

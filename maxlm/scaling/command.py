@@ -43,9 +43,12 @@ def fit(arguments: argparse.Namespace) -> None:
 def read_for(name: str, path: Path, columns: str, where: str) -> tuple[Law, Runs]:
     """The law called `name` and the rows of a file as it takes them. Raises ConfigError for a user's mistake."""
     from maxlm.scaling.laws import find_law
-    from maxlm.scaling.runs import lowest, parse_columns, read_runs
+    from maxlm.scaling.runs import column_names, lowest, parse_columns, read_runs
 
-    law = find_law(name)
+    renamed = parse_columns(columns)
+    law = find_law(name, [*renamed, *column_names(path)])
     optional = (law.lowest,) if law.lowest else ()
-    runs = read_runs(path, law.needed, parse_columns(columns), where, optional)
+    runs = read_runs(path, law.needed, renamed, where, optional, may_be_zero=law.inputs if law.shares else ())
+    if law.prepare:
+        runs = law.prepare(runs)
     return law, lowest(runs, law.inputs, law.lowest) if law.lowest else runs

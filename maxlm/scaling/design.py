@@ -40,8 +40,8 @@ def candidates(analysis: Analysis, target: Mapping[str, float], *, most_flops: f
                startup_seconds: float) -> list[Candidate]:
     """Runs from the smallest budget fitted up to `most_flops`, at several sizes around the frontier, best first."""
     fitted, runs = analysis.fitted, analysis.runs
-    require(fitted.law.inputs == ("params", "tokens") and fitted.law.has_frontier,
-            f"forecast next needs a law of params and tokens that has a frontier; --law {fitted.law.name} has none")
+    require(fitted.law.has_frontier and not fitted.law.held,
+            f"forecast next needs a law of params and tokens alone that has a frontier: not --law {fitted.law.name}")
     least = float(runs.columns["flops"].min())
     require(most_flops > least, f"--max-flops {most_flops:.3g} must be above the smallest budget fitted, {least:.3g}")
     budgets = np.geomspace(least, most_flops, BUDGETS)

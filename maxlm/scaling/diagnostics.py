@@ -66,7 +66,7 @@ def diagnose(fitted: Fitted, runs: Runs, found: Bootstrap, ends: dict[str, Inter
 
 
 def _uneven_cost(fitted: Fitted, runs: Runs) -> list[str]:
-    if not fitted.law.has_frontier:
+    if not fitted.law.has_frontier or "share" in fitted.law.held.values():
         return []
     cost = runs.columns["flops"] / (runs.columns["params"] * runs.columns["tokens"])
     if cost.max() < COST_RANGE * cost.min():

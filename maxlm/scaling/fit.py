@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +37,18 @@ class Fitted:
     objective: float
     num_starts: int
     starts_at_optimum: int
+    held: Mapping[str, float] = field(default_factory=dict)  # what `Law.held` names, as a value or share of params
 
     def natural(self, theta: np.ndarray | None = None) -> Natural:
         with np.errstate(over="ignore", invalid="ignore"):  # replicates run away where the data leave a parameter open
             return self.law.natural(self.theta if theta is None else theta, self.centre)
 
     def inputs(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`columns` as the law's `predict` takes them."""
-        return {name: np.log(columns[name]) - self.centre[name] for name in self.law.inputs}
+        """`columns` as the law's `predict` and `estimate` take them."""
+        if self.law.shares:
+            return {name: columns[name] for name in self.law.inputs}
+        there = [*self.law.inputs, *(name for name in self.law.observed if name in columns)]
+        return {name: np.log(columns[name]) - self.centre[name] for name in there}
 
     def target(self, loss: np.ndarray) -> np.ndarray:
         return np.log(loss) - self.centre[TARGET]
@@ -66,11 +70,15 @@ class Fitted:
     def frontier(self, flops: np.ndarray, per_param_token: float, theta: np.ndarray | None = None) -> Natural:
         """The compute-optimal `params`, `tokens` and `loss` for budgets `flops` [c] = per_param_token * N * D.
 
-        [c], or [replicates, c] for `theta` [replicates, p]. NaN where no division of the budget is best.
+        [c], or [replicates, c] for `theta` [replicates, p]. NaN where no division of the budget is best. Other inputs
+        of the law are `held`.
         """
         theta = self.theta if theta is None else theta
         budgets = np.log(np.asarray(flops, float) / per_param_token) - self.centre["params"] - self.centre["tokens"]
-        where, loss = _frontier(self.law, np.atleast_2d(theta), budgets)
+        held = {name: np.log(value) - self.centre[name] for name, value in self.held.items()}
+        for name in held:
+            held[name] += self.centre["params"] if self.law.held[name] == "share" else 0.0
+        where, loss = _frontier(self.law, np.atleast_2d(theta), budgets, held)
         log_params = where + self.centre["params"]
         log_tokens = np.log(np.asarray(flops, float) / per_param_token) - log_params
         found = {"params": np.exp(log_params), "tokens": np.exp(log_tokens), "loss": np.exp(loss + self.centre[TARGET])}
@@ -96,7 +104,18 @@ def point_fit(law: Law, runs: Runs) -> Fitted:
 
 def fit_unchecked(law: Law, runs: Runs, weights: np.ndarray | None = None) -> Fitted:
     """The best fit whatever it says; `weights` [n] count the rows (0 leaves one out by the same program)."""
-    centre = {name: float(np.mean(np.log(runs.columns[name]))) for name in law.inputs}
+    held = {name: _held(runs.columns, name, how) for name, how in law.held.items()}
+    return replace(_fit(law, runs, weights), held=held)
+
+
+def _held(columns: Mapping[str, np.ndarray], name: str, how: str) -> float:
+    values = columns[name] / columns["params"] if how == "share" else columns[name]
+    return float(np.max(values) if how == "largest" else np.median(values))
+
+
+def _fit(law: Law, runs: Runs, weights: np.ndarray | None) -> Fitted:
+    logarithmic = () if law.shares else (*law.inputs, *law.observed)
+    centre = {name: float(np.mean(np.log(runs.columns[name]))) for name in logarithmic}
     centre.update({name: centre[other] for name, other in law.same_unit.items()})
     centre[TARGET] = float(np.log(runs.columns[law.target].min()))
     empty = Fitted(law, np.zeros(law.num_parameters), centre, np.inf, 0, 0)
@@ -139,9 +158,14 @@ def _loss_itself(law):
     return lambda theta, x: jnp.exp(law.predict(theta, x))
 
 
-def flops_per_param_token(runs: Runs) -> float:
-    """C / (N D) of these runs: the median where `flops` was given, else 6."""
+def flops_per_param_token(runs: Runs, law: Law | None = None) -> float:
+    """C / (N D) of these runs: the median where `flops` was given, else 6. Where `law` has active parameters it is that
+    of a model of the median share of them."""
     columns = runs.columns
+    if law is not None and "share" in law.held.values():
+        (name,) = law.held
+        share = _held(columns, name, "share")
+        return share * float(np.median(columns["flops"] / (columns[name] * columns["tokens"])))
     if columns.keys() >= {"flops", "params", "tokens"}:
         return float(np.median(columns["flops"] / (columns["params"] * columns["tokens"])))
     return float(FLOPS_PER_PARAM_TOKEN)
@@ -152,7 +176,7 @@ def check_design(law: Law, runs: Runs) -> None:
     needed = law.num_parameters + 1
     require(len(runs) >= needed, f"{law.name} has {law.num_parameters} parameters and needs at least {needed} runs; "
                                  f"{runs.source} gives {len(runs)}")
-    for name in law.inputs:
+    for name in () if law.shares else law.inputs:
         values = runs.columns[name]
         spread = float(values.max() / values.min())
         require(spread >= MIN_SPREAD and np.unique(values).size >= 3,
@@ -190,16 +214,17 @@ def _jacobian(law, theta, x):
         return np.asarray(_jacobian_jit(law, theta, x))
 
 
-def _frontier(law, theta, budgets):
+def _frontier(law, theta, budgets, held):
     """Where (log params, centred) the loss is least along log params + log tokens = budget, and its log there."""
     with float64_on_cpu():
-        return [np.asarray(a) for a in _frontier_jit(law, theta, budgets)]
+        return [np.asarray(a) for a in _frontier_jit(law, theta, budgets, held)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _frontier_jit(law, theta, budgets):
+def _frontier_jit(law, theta, budgets, held):
     def along(t, budget, log_params):
-        return law.predict(t, {"params": log_params, "tokens": budget - log_params})
+        others = {name: value + (log_params if law.held[name] == "share" else 0.0) for name, value in held.items()}
+        return law.predict(t, {"params": log_params, "tokens": budget - log_params, **others})
 
     slope = jax.grad(along, argnums=2)
 

@@ -107,7 +107,7 @@ def leave_top_budget_out(law: Law, runs: Runs, level: float, seed: int) -> Asses
     weights = (~top).astype(float)
     fitted = fit_unchecked(law, runs, weights)
     random = np.random.default_rng([seed, 2])
-    theta = refit(fitted, runs, weights * stated_weights(runs.cluster, TOP_REPLICATES, random))
+    theta = refit(fitted, runs, weights * stated_weights(law, runs.cluster, TOP_REPLICATES, random))
     return assess(fitted, theta, fitted.residuals(below), runs.take(top), level, random)
 
 

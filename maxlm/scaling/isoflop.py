@@ -58,9 +58,9 @@ def estimate(x: Mapping[str, np.ndarray], y: np.ndarray, weights: np.ndarray) ->
     known = np.isfinite(best)
     weight = known.astype(float)
     fill = lambda a, default: np.where(known, a, default)  # noqa: E731
-    slope, level = _line(where, fill(best, 0.0), weight)
-    bend_slope, bend = _line(where, np.log(fill(relative, 1.0)), weight)
-    envelope = _offset_power_law(where[0], np.log(fill(loss, 1.0)), weight)
+    slope, level = line(where, fill(best, 0.0), weight)
+    bend_slope, bend = line(where, np.log(fill(relative, 1.0)), weight)
+    envelope = offset_power_law(where[0], np.log(fill(loss, 1.0)), weight)
     theta = np.column_stack([envelope, level, slope, bend, bend_slope])
     theta[known.sum(1) < 3] = np.nan
     return theta
@@ -82,7 +82,7 @@ def _minimum(log_params, loss, weights, budget):
     return np.full(best.size, budget), mask(best + centre), mask(least), mask(c2 / np.where(inside, least, 1.0))
 
 
-def _line(x, y, weights):
+def line(x, y, weights):
     """(slope, value at x = 0) of the weighted least-squares line of each replicate [replicates, budgets]."""
     total = np.maximum(weights.sum(1), 1e-300)
     mean_x, mean_y = (weights * x).sum(1) / total, (weights * y).sum(1) / total
@@ -91,7 +91,7 @@ def _line(x, y, weights):
     return slope, mean_y - slope * mean_x
 
 
-def _offset_power_law(budget, log_loss, weights):
+def offset_power_law(budget, log_loss, weights):
     """(e, a, gamma) [replicates, 3] of log_loss = logaddexp(e, a - gamma budget), from the best of a grid of starts."""
     columns = {"budget": budget}
     grid = np.array([(np.log(offset), np.log(1.3 - offset), gamma) for offset, gamma in itertools.product(

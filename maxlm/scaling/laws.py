@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.scaling import isoflop
+from maxlm.scaling import chained, envelope, isoflop, mixing
+from maxlm.scaling.runs import Runs
 from maxlm.scaling.solver import DELTA
 from maxlm.schema import ConfigError, require
 
@@ -53,24 +54,32 @@ class Law:
     lowest: str = ""  # a column: of rows that share the inputs, a sweep, only the one where this is lowest counts
     least_squares: bool = False  # of the loss itself, where that is what is published
     same_unit: Mapping[str, str] = field(default_factory=dict)  # inputs that are centred with another input
+    observed: tuple[str, ...] = ()  # columns that `estimate` reads and `predict` does not
+    shares: bool = False  # the inputs are shares from 0 to 1, and enter as they are
+    prepare: Callable[[Runs], Runs] | None = None  # rows as the law reads them, from rows as they are in the file
+    whole_runs: bool = False  # `estimate` does not feel weights: replicates leave runs out
+    procedure: str = ""  # of `estimate`, in words
+    # For the frontier, where inputs beyond params and tokens are held: at their 'largest' or 'median' value, or as the
+    # median 'share' of params.
+    held: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
         """What the parameters minimise."""
         if self.estimate:
-            return "two stages: a parabola for each budget by least squares, then power laws through the minima"
+            return self.procedure
         if self.least_squares:
             return f"the sum of squared residuals of the {self.target}"
         return f"the sum of Huber losses (delta {DELTA:g}) of residuals of the log {self.target}"
 
     @property
     def needed(self) -> tuple[str, ...]:
-        return (*self.inputs, self.target)
+        return (*self.inputs, *self.observed, self.target)
 
     @property
     def has_frontier(self) -> bool:
         """Whether a compute budget can be divided between parameters and tokens."""
-        return self.inputs == ("params", "tokens") and self.target == "loss"
+        return self.inputs == ("params", "tokens", *self.held) and self.target == "loss"
 
 
 OFFSETS = (0.2, 0.5, 0.7, 0.85, 0.95)  # irreducible loss over the smallest loss
@@ -267,6 +276,13 @@ def _sigmoid_starts(excess):
                      itertools.product((0.2, 0.6, 0.95), (2.0, 6.0, 20.0), (0.6, 0.8, 1.0, 1.2))])
 
 
+def _chained_natural(theta, centre):
+    theta = np.asarray(theta)
+    loss = _chinchilla_natural(theta[..., :5], {**centre, TARGET: centre["task_loss"]})
+    loss.pop("a")  # the sigmoid has one too
+    return {**loss, **_sigmoid_natural(theta[..., 5:], centre)}
+
+
 def _power(theta, x, column):
     e, a, gamma = theta
     return jnp.logaddexp(e, a - gamma * x[column])
@@ -309,21 +325,30 @@ _LAWS = (
     Law("isoflop", "isoFLOP minima (Chinchilla, approach 2)",
         "N* = N_1 (N D)^a, L* = E + A / (N D)^gamma, log L = log L* + h(C) (log N - log N*)^2",
         "Hoffmann et al. 2022 (arXiv:2203.15556), section 3.2", ("params", "tokens"), 7, ("a", "gamma"),
-        isoflop.predict, isoflop.natural, _power_starts, {}, isoflop.estimate, isoflop.check),
+        isoflop.predict, isoflop.natural, _power_starts, {}, isoflop.estimate, isoflop.check,
+        procedure="two stages: a parabola for each budget by least squares, then power laws through the minima"),
+    Law("envelope", "envelope of training curves (Chinchilla, approach 1)",
+        "N* = N_1 (N D)^a, L* = E + A / (N D)^gamma, log L = log L* + h (log N - log N*)^2",
+        "Hoffmann et al. 2022 (arXiv:2203.15556), section 3.1", ("params", "tokens"), 7, ("a", "gamma"),
+        isoflop.predict, isoflop.natural, _power_starts, {}, envelope.estimate, envelope.check,
+        prepare=envelope.curves_at_budgets, whole_runs=True,
+        procedure="two stages: the run of least loss at each budget, then power laws through them"),
     Law("data-constrained", "data-constrained (repeated tokens)",
         "L = E + A / N'^alpha + B / D'^alpha, D' = U (1 + R_D (1 - exp(-(D / U - 1) / R_D))), N' likewise with R_N",
         "Muennighoff et al. 2023 (arXiv:2305.16264)", ("params", "tokens", "unique_tokens"), 6, ("alpha",),
         _data_constrained, _data_constrained_natural, _data_constrained_starts,
-        {"E": 0, "alpha": 3, "R_D": 4, "R_N": 5}, check=_check_repetition, same_unit={"unique_tokens": "tokens"}),
+        {"E": 0, "alpha": 3, "R_D": 4, "R_N": 5}, check=_check_repetition, same_unit={"unique_tokens": "tokens"},
+        held={"unique_tokens": "largest"}),
     Law("moe-granularity", "mixture of experts with granularity",
         "L = E + (g / G^gamma + A) / N^alpha + B / D^beta",
         "Krajewski et al. 2024 (arXiv:2402.07871)", ("params", "tokens", "granularity"), 7, ("alpha", "beta", "gamma"),
-        _granular, _granular_natural, _granular_starts, {"E": 0, "gamma": 4, "alpha": 5, "beta": 6}),
+        _granular, _granular_natural, _granular_starts, {"E": 0, "gamma": 4, "alpha": 5, "beta": 6},
+        held={"granularity": "median"}),
     Law("moe-sparsity", "mixture of experts, total and active parameters",
         "L = E + A / N^alpha + B / D^beta + c / (1 - S)^lambda + d / ((1 - S)^delta N^gamma), 1 - S = N_active / N",
         "Abnar et al. 2025 (arXiv:2501.12370)", ("params", "tokens", "active_params"), 10, ("alpha", "beta"),
         _sparse, _sparse_natural, _sparse_starts, {"E": 0, "alpha": 5, "beta": 6, "lambda": 7},
-        check=_check_active),
+        check=_check_active, held={"active_params": "share"}),
     Law("step-learning-rate", "Step Law, learning rate", "eta = c N^alpha D^beta",
         "Li et al. 2025 (arXiv:2503.04715)", ("params", "tokens"), 3, (),
         _best_rate, _best_rate_natural, lambda excess: np.zeros((1, 3)), {"alpha": 1, "beta": 2},
@@ -335,17 +360,36 @@ _LAWS = (
     Law("accuracy", "accuracy from task loss", "accuracy = b + a / (1 + exp(k (L - L_0)))",
         "Bhagia et al. 2024 (arXiv:2412.04403), second step", ("task_loss",), 4, (),
         _sigmoid, _sigmoid_natural, _sigmoid_starts, {}, target="accuracy", least_squares=True),
+    Law("accuracy-chained", "accuracy from parameters and tokens, by way of task loss",
+        "accuracy = b + a / (1 + exp(k (L - L_0))), L = E + A / N^alpha + B / D^beta",
+        "Bhagia et al. 2024 (arXiv:2412.04403), both steps", ("params", "tokens"), 9, ("alpha", "beta"),
+        chained.chain(_chinchilla, _sigmoid), _chained_natural, _sigmoid_starts, {},
+        chained.estimator(_chinchilla, _chinchilla_starts, _sigmoid, _sigmoid_starts), target="accuracy",
+        observed=("task_loss",), procedure="two stages: Huber losses (delta 0.001) of the log task loss, then squared "
+        "residuals of the accuracy given the observed task loss"),
     _power_law("compute", "flops", "C"),
     _power_law("params", "params", "N"),
     _power_law("tokens", "tokens", "D"),
 )
 LAWS = {law.name: law for law in _LAWS}
-ALIASES = {"approach2": "isoflop", "approach3": "chinchilla", "gadre": "overtraining"}
+ALIASES = {"approach1": "envelope", "approach2": "isoflop", "approach3": "chinchilla", "gadre": "overtraining"}
 
 
-def find_law(name: str) -> Law:
-    """Raises ConfigError, naming the laws there are."""
+def find_law(name: str, columns: Iterable[str] = ()) -> Law:
+    """The law called `name`; those of mixtures are made for the shares among `columns`, the columns of the data.
+    Raises ConfigError, naming the laws there are."""
     known = ALIASES.get(name, name)
+    if known in mixing.FORMS:
+        return _mixture_law(known, tuple(sorted(c for c in columns if c.startswith(mixing.PREFIX))))
     if known not in LAWS:
-        raise ConfigError(f"--law {name!r} is not one of {', '.join([*LAWS, *ALIASES])}")
+        raise ConfigError(f"--law {name!r} is not one of {', '.join([*LAWS, *mixing.FORMS, *ALIASES])}")
     return LAWS[known]
+
+
+@functools.cache
+def _mixture_law(name: str, shares: tuple[str, ...]) -> Law:
+    require(len(shares) >= 2, f"--law {name} needs two or more columns {mixing.PREFIX}NAME, the shares of the mixture: "
+                              f"name them with --columns {mixing.PREFIX}web=ITS_NAME,...")
+    form = mixing.FORMS[name]
+    return Law(name, form.title, form.equation, form.source, shares, form.extra + len(shares), (), form.predict(shares),
+               form.natural(shares), form.starts(shares), {}, check=mixing.check(shares), shares=True)

@@ -23,13 +23,14 @@ def draw(analysis: Analysis, path: Path) -> None:
     figure = Figure(figsize=(5.2 * panels, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels)
-    if analysis.flops:
+    if analysis.flops and not analysis.fitted.held:
         _draw_budgets(axes[0], analysis)
-        _draw_frontier(axes[1], analysis)
     elif len(analysis.fitted.law.inputs) == 1:
         _draw_curve(axes[0], analysis)
     else:
         _draw_agreement(axes[0], analysis)
+    if analysis.flops:
+        _draw_frontier(axes[1], analysis)
     _draw_residuals(axes[-1], analysis)
     title = f"{analysis.fitted.law.equation}   ({len(analysis.runs)} runs of {analysis.runs.source})"
     figure.suptitle(title, fontsize=10)

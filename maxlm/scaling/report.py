@@ -46,7 +46,7 @@ def record(analysis: Analysis) -> dict[str, object]:
         "frontier": [{"flops": flops, **{name: table[name]["value"] for name in FRONTIER},
                       "interval": {name: table[name]["interval"] for name in FRONTIER}}
                      for flops, table in zip(analysis.flops, analysis.frontier, strict=True)],
-        "flops_per_param_token": analysis.per_param_token,
+        "flops_per_param_token": analysis.per_param_token, "frontier_held": dict(fitted.held),
         "leave_top_budget_out": analysis.next_budget if isinstance(analysis.next_budget, str) else
         _assessed(analysis.next_budget),
         "seed_noise": None if analysis.seed_noise is None else
@@ -115,7 +115,9 @@ def _frontier_section(analysis: Analysis) -> list[str]:
         return []
     rows = ([f"{flops:.3g}", *(f"{_short(table[name]['value'])} {_ends(table[name]['interval'])}" for name in FRONTIER)]
             for flops, table in zip(analysis.flops, analysis.frontier, strict=True))
-    return ["## Compute-optimal frontier", "", f"C = {analysis.per_param_token:.4g} N D.", "",
+    held = "".join(f" {name}{' / params' if analysis.fitted.law.held[name] == 'share' else ''} = {value:.4g}."
+                   for name, value in analysis.fitted.held.items())
+    return ["## Compute-optimal frontier", "", f"C = {analysis.per_param_token:.4g} N D.{held}", "",
             *_table(("C", "N*", "D*", "D*/N*", "loss"), rows), ""]
 
 

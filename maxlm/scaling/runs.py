@@ -69,12 +69,12 @@ class Runs:
 
 
 def read_runs(path: Path, needed: Sequence[str], renamed: Mapping[str, str] | None = None, where: str = "",
-              optional: Sequence[str] = ()) -> Runs:
+              optional: Sequence[str] = (), may_be_zero: Sequence[str] = ()) -> Runs:
     """The rows of a CSV or JSON-lines file with the columns `needed` checked; `renamed` maps our names to the file's.
 
     `flops` is read where there is one, and computed as 6 * params * tokens where there is not; `tokens` or `params` may
     come from the other two; `optional` columns are checked where they are there. `where` keeps the rows for which a
-    condition holds, before anything is checked.
+    condition holds, before anything is checked. Of the columns `may_be_zero` 0 is a value like others.
 
     Raises ConfigError for a missing column, a value that is not a positive number, and a run that occurs twice.
     """
@@ -98,7 +98,7 @@ def read_runs(path: Path, needed: Sequence[str], renamed: Mapping[str, str] | No
         runs = runs.take(runs.matching(where))
     require(len(runs) > 0, f"{path.name} has no rows" + (f" where {where}" if where else ""))
     for ours, theirs in present.items():
-        _check_positive(runs, runs.columns[ours], theirs)
+        _check_positive(runs, runs.columns[ours], theirs, zero=ours in may_be_zero)
     identity = renamed.get("run", "run")
     return _without_copies(runs, needed) if identity not in cells else _clustered(runs, runs.cells[identity])
 
@@ -113,6 +113,11 @@ def _derived(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     elif "params" not in columns and columns.keys() >= {"flops", "tokens"}:
         columns["params"] = columns["flops"] / (k * columns["tokens"])
     return columns
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of a file, as `read_runs` would find them."""
+    return list(_table(path, path.read_bytes())[0])
 
 
 def _table(path: Path, data: bytes) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -167,13 +172,14 @@ def _text(value: object) -> str:
     return "" if value is None else value.strip() if isinstance(value, str) else repr(value)
 
 
-def _check_positive(runs: Runs, values: np.ndarray, name: str) -> None:
-    """Every value of the file's column `name` must be a finite number above 0."""
-    bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+def _check_positive(runs: Runs, values: np.ndarray, name: str, *, zero: bool = False) -> None:
+    """Every value of the file's column `name` must be a finite number above 0, or 0 where `zero` is a value."""
+    bad = np.flatnonzero(~(np.isfinite(values) & ((values > 0) | (zero & (values == 0)))))
     if bad.size:
         more = f" (and {bad.size - 1} more)" if bad.size > 1 else ""
         cell = str(runs.cells[name][bad[0]])
-        raise ConfigError(f"{runs.source} line {runs.lines[bad[0]]}: {name}={cell!r} must be a number above 0{more}; "
+        least = "of 0 or more" if zero else "above 0"
+        raise ConfigError(f"{runs.source} line {runs.lines[bad[0]]}: {name}={cell!r} must be a number {least}{more}; "
                           f"correct the rows or leave them out with --where")
 
 

@@ -18,7 +18,7 @@ from statistics import NormalDist
 import numpy as np
 
 from maxlm.scaling.fit import Fitted, refit
-from maxlm.scaling.laws import Natural
+from maxlm.scaling.laws import Law, Natural
 from maxlm.scaling.runs import Runs
 from maxlm.scaling.solver import DELTA, solve
 
@@ -52,10 +52,10 @@ def resampled_weights(cluster: np.ndarray, replicates: int, random: np.random.Ge
     return random.multinomial(runs, np.full(runs, 1 / runs), size=replicates)[:, cluster].astype(float)
 
 
-def stated_weights(cluster: np.ndarray, replicates: int, random: np.random.Generator) -> np.ndarray:
+def stated_weights(law: Law, cluster: np.ndarray, replicates: int, random: np.random.Generator) -> np.ndarray:
     """[replicates, n]: the weights behind stated intervals for this many runs."""
-    many = int(cluster.max()) + 1 >= MANY_RUNS
-    return (resampled_weights if many else gamma_weights)(cluster, replicates, random)
+    resampled = law.whole_runs or int(cluster.max()) + 1 >= MANY_RUNS
+    return (resampled_weights if resampled else gamma_weights)(cluster, replicates, random)
 
 
 def bootstrap(fitted: Fitted, runs: Runs, replicates: int, seed: int) -> Bootstrap:
@@ -63,11 +63,12 @@ def bootstrap(fitted: Fitted, runs: Runs, replicates: int, seed: int) -> Bootstr
     clusters = int(runs.cluster.max()) + 1
     left_out = 1.0 - np.eye(clusters)[:, runs.cluster]
     rows = refit(fitted, runs, resampled_weights(runs.cluster, replicates, np.random.default_rng([seed, 0])))
-    if clusters >= MANY_RUNS:
+    if fitted.law.whole_runs or clusters >= MANY_RUNS:
         method, stated = "resampled runs", rows
     else:
         method = "gamma weights drawn per run"
-        stated = refit(fitted, runs, stated_weights(runs.cluster, replicates, np.random.default_rng([seed, 1])))
+        random = np.random.default_rng([seed, 1])
+        stated = refit(fitted, runs, stated_weights(fitted.law, runs.cluster, replicates, random))
     return Bootstrap(method, stated, rows, refit(fitted, runs, left_out))
 
 

@@ -187,7 +187,8 @@ def test_a_law_of_three_inputs_writes_the_same_files(tmp_path):
                      unique_tokens=unique.tolist())
     assert fit(path, tmp_path / "out", law="data-constrained") == 0
     found = json.loads((tmp_path / "out" / "fit.json").read_text())
-    assert found["frontier"] == [] and found["params"].keys() == {"E", "A", "B", "alpha", "R_D", "R_N"}
+    assert found["frontier_held"] == {"unique_tokens": pytest.approx(unique.max())} and len(found["frontier"]) == 3
+    assert found["params"].keys() == {"E", "A", "B", "alpha", "R_D", "R_N"}
 
 
 def test_the_best_run_of_a_sweep_counts(tmp_path):

@@ -175,7 +175,7 @@ def test_mistakes_are_one_line(made, tmp_path, capsys):
         (("score", made / "sealed"), "--run-dir or --loss"),
         (("score", made / "sealed", "--loss", "-1"), "must be a number above 0"),
         (("next", runs, "--law", "chinchilla"), "give the target by --at"),
-        (("next", runs, "--law", "compute", "--at", "flops=1e22"), "needs a law of params and tokens"),
+        (("next", runs, "--law", "compute", "--at", "flops=1e22"), "needs a law of params and tokens alone"),
     ):
         assert main(*words) == 2, words
         error = capsys.readouterr().err

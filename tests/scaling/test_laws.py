@@ -6,8 +6,9 @@ import pytest
 from maxlm.scaling.fit import check_design, flops_per_param_token, point_fit
 from maxlm.scaling.laws import LAWS, find_law
 from maxlm.scaling.runs import read_runs
+from maxlm.scaling.uncertainty import bootstrap
 from maxlm.schema import ConfigError
-from tests.scaling.ladders import chinchilla_loss, ladder, simulated, write_csv
+from tests.scaling.ladders import chinchilla_loss, ladder, noisy, simulated, write_csv
 
 
 def unique_tokens(tokens):
@@ -59,6 +60,10 @@ CASES = {
     "step-batch": (lambda n, d, flops, c, beta: c * d**beta, {"c": 0.58, "beta": 0.571}),
     "accuracy": (lambda n, d, c, b, a, k, L_0: b + a / (1 + np.exp(k * (task_loss(n, d) - L_0))),
                  {"b": 0.25, "a": 0.7, "k": 5.0, "L_0": 1.1}),
+    "accuracy-chained": (lambda n, d, c, b, a, k, L_0, E, A, B, alpha, beta:
+                         b + a / (1 + np.exp(k * (E + A / n**alpha + B / d**beta - L_0))),
+                         {"b": 0.25, "a": 0.7, "k": 5.0, "L_0": 1.1, "E": 0.4, "A": 40.0, "B": 60.0, "alpha": 0.25,
+                          "beta": 0.25}),
     "compute": (lambda n, d, c, E, A, gamma: E + A / c**gamma, {"E": 1.7, "A": 1600.0, "gamma": 0.16}),
     "params": (lambda n, d, c, E, A, gamma: E + A / n**gamma, {"E": 1.7, "A": 400.0, "gamma": 0.34}),
     "tokens": (lambda n, d, c, E, A, gamma: E + A / d**gamma, {"E": 1.7, "A": 410.0, "gamma": 0.28}),
@@ -78,7 +83,7 @@ def runs_of(name, path):
 
 
 def test_every_law_has_a_case():
-    assert CASES.keys() | {"isoflop"} == LAWS.keys()  # test_isoflop.py has that one
+    assert CASES.keys() | {"isoflop", "envelope"} == LAWS.keys()  # test_isoflop.py and test_envelope.py have those
 
 
 SLOW = ("data-constrained", "moe-granularity", "moe-sparsity")
@@ -94,6 +99,27 @@ def test_a_law_recovers_its_parameters(name, tmp_path):
     assert np.abs(fitted.residuals(runs)).max() < 1e-5
 
 
+def test_the_interval_of_a_chained_forecast_holds_the_errors_of_both_steps(tmp_path):
+    """Noise in the task loss alone, and in the accuracy alone, each widen it."""
+    law, target = LAWS["accuracy-chained"], {"params": np.array([1e11]), "tokens": np.array([2e12])}
+    params, tokens = ladder()
+    task = task_loss(params, tokens)
+    widths = {}
+    for name, sd in {"loss": (0.01, 0.0002), "accuracy": (0.0002, 0.01), "both": (0.01, 0.01)}.items():
+        seen = noisy(task, sd=sd[0], seed=1)
+        accuracy = noisy(0.25 + 0.7 / (1 + np.exp(5 * (seen - 1.1))), sd=sd[1], seed=2)
+        path = write_csv(tmp_path / f"{name}.csv", params=params.tolist(), tokens=tokens.tolist(),
+                         task_loss=seen.tolist(), accuracy=accuracy.tolist())
+        runs = read_runs(path, law.needed)
+        fitted = point_fit(law, runs)
+        theta = bootstrap(fitted, runs, 200, seed=0).stated
+        low, high = np.percentile(fitted.log_loss(target, theta), [2.5, 97.5])
+        truth = np.log(0.25 + 0.7 / (1 + np.exp(5 * (task_loss(1e11, 2e12) - 1.1))))
+        assert low - 0.05 < truth < high + 0.05
+        widths[name] = high - low
+    assert widths["both"] > max(widths["loss"], widths["accuracy"]) > 0
+
+
 def test_the_frontier_is_where_the_loss_is_least(tmp_path):
     law = find_law("approach3")
     runs = read_runs(simulated(tmp_path / "runs.csv"), law.needed)
@@ -103,6 +129,31 @@ def test_the_frontier_is_where_the_loss_is_least(tmp_path):
     G = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / (p["alpha"] + p["beta"]))  # Hoffmann et al., equation 4
     assert np.isclose(best["params"][0], G * (flops / 6) ** p["a"], rtol=1e-5)
     assert np.isclose(best["loss"][0], chinchilla_loss(best["params"][0], best["tokens"][0], p), rtol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["data-constrained", "moe-granularity", "moe-sparsity"])
+def test_the_frontier_of_a_law_of_more_inputs(name, tmp_path):
+    """The third input is held as the fit says; among all divisions of a budget none is better in the true law."""
+    runs, truth = runs_of(name, tmp_path / "runs.csv")
+    fitted = point_fit(LAWS[name], runs)
+    (held,) = fitted.held.values()
+    per, flops = flops_per_param_token(runs, LAWS[name]), 1e22
+    params = np.geomspace(1e7, 1e13, 200_001)
+    tokens = flops / per / params
+    if name == "data-constrained":
+        loss = data_constrained_loss(params, tokens, np.minimum(held, tokens), **truth)
+    elif name == "moe-granularity":
+        t = truth
+        loss = t["E"] + (t["g"] / held ** t["gamma"] + t["A"]) / params ** t["alpha"] + t["B"] / tokens ** t["beta"]
+    else:
+        t = truth
+        loss = (t["E"] + t["A"] / params ** t["alpha"] + t["B"] / tokens ** t["beta"] + t["c"] / held ** t["lam"]
+                + t["d_"] / (held ** t["delta"] * params ** t["gamma"]))
+    best = fitted.frontier([flops], per)
+    assert np.isclose(best["loss"][0], loss.min(), rtol=1e-5)
+    assert np.isclose(best["params"][0], params[np.argmin(loss)], rtol=0.01)
+    assert np.isclose(per * best["params"][0] * best["tokens"][0], flops)
 
 
 @pytest.mark.parametrize(("rows", "words"), [
