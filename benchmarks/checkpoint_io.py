@@ -2,10 +2,10 @@
 
     python benchmarks/checkpoint_io.py --gigabytes 1 --folder /tmp --json benchmarks/results/checkpoint_io_cpu.json
 
-Makes a state of float32 arrays over all devices, saves it asynchronously `--repeats` times in each tier, and restores
-it with verification on, in turns with a plain read of the same files (one thread, 8 MiB at a time, into one buffer).
-Before each read and restore the files' pages are dropped from the page cache (fsync, posix_fadvise DONTNEED); `cold`
-says how many were gone, as mincore counts them. A stall counts against the period that saves need: the time
+Makes a state of float32 arrays over all devices, saves it asynchronously `--repeats` times in each tier, and restores it
+with verification on, in turns with a plain read of the same files (one thread, 8 MiB at a time, into one buffer), each
+first every other time. Before each read and restore the files' pages are dropped from the page cache (fsync,
+posix_fadvise DONTNEED); `cold` says how many were gone, as mincore counts them. A stall counts against the period that saves need: the time
 between two saves at which it is 1%, and the recommended period, which is the larger of that, of ten times the time a
 save takes to be written, and of a minute. Takes about a minute a gigabyte on two cores.
 """
@@ -111,19 +111,17 @@ def restores(make: Any, folder: Path, state: Any, repeats: int) -> dict[str, Any
     import jax
 
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-    reads, restored, cold, size = [], [], [], 0
+    reads, restored, cold, size = [], [], [], plain_read(folder)
 
-    def restore() -> None:
+    def restore(_: Path) -> None:
         found = make().restore_newest(lambda step, meta: like, say=print)
         jax.block_until_ready(found.state)
 
-    restore()  # Orbax and TensorStore are imported and started
-    for _ in range(repeats):
-        cold.append(drop_from_cache(folder))
-        seconds, size = timed(lambda: plain_read(folder))
-        reads.append(seconds)
-        cold.append(drop_from_cache(folder))
-        restored.append(timed(restore)[0])
+    restore(folder)  # Orbax and TensorStore are imported and started
+    for turn in range(repeats):
+        for function in (plain_read, restore) if turn % 2 else (restore, plain_read):  # a host may cache what was first
+            cold.append(drop_from_cache(folder))
+            (reads if function is plain_read else restored).append(timed(lambda function=function: function(folder))[0])
     return {
         "bytes": size, "cold": min(cold),
         "plain_read_gigabytes_per_second": spread([size / seconds / 1e9 for seconds in reads]),

@@ -32,6 +32,7 @@ import jax
 import numpy as np
 
 from maxlm.checkpoint import layout, parts, pieces, reading
+from maxlm.checkpoint.gather import in_order
 from maxlm.checkpoint.integrity import sealed, unsealed
 from maxlm.checkpoint.layout import CheckpointError, CheckpointRow, IntegrityError
 from maxlm.checkpoint.object_store import BRIEFLY, Objects
@@ -250,7 +251,7 @@ class Bucket:
         others = range(1, jax.process_count())
         if others:
             self._await(root, lambda names: names.issuperset(f"{process}.done" for process in others))
-        return list(parts.in_order(lambda process: self._read_part(root, process), others))
+        return list(in_order(lambda process: self._read_part(root, process), others, at_once=parts.AT_ONCE))
 
     def _read_part(self, root: str, process: int) -> dict[str, Any]:
         part = unsealed(self._objects.read(f"{root}/{WRITING}{process}.done") or b"")

@@ -23,9 +23,10 @@ def tree_digest(directory: str | os.PathLike[str], step: int | None = None) -> s
     Reads on the host, in pieces of about 1 GiB, and needs no config. Raises CheckpointError, IntegrityError.
     """
     durable, step = opened(directory), require_step(directory, step)
-    verified.require_intact(durable, step)
-    index = {name: entry for name, entry in durable.document(step)["arrays"].items() if name.startswith("params/")}
-    return _hash(item for names in _groups(index) for item in sorted(durable.arrays(step, names).items()))
+    with verified.intact(durable, step):
+        saved = durable.document(step)["arrays"]
+        index = {name: entry for name, entry in saved.items() if name.startswith("params/")}
+        return _hash(item for names in _groups(index) for item in sorted(durable.arrays(step, names).items()))
 
 
 def array_digest(arrays: Mapping[str, Any]) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from maxlm.checkpoint import integrity, layout, orbax_io, reading
-from maxlm.checkpoint.layout import CheckpointError, CheckpointRow
+from maxlm.checkpoint import chunks, integrity, layout, orbax_io, reading
+from maxlm.checkpoint.layout import CheckpointError, CheckpointRow, IntegrityError
 
 
 class Folder:
@@ -52,21 +52,23 @@ class Folder:
         return integrity.damage(layout.step_path(self.directory, step), share)
 
     def restore(self, step: int, like: Any) -> tuple[Any, str | None]:
-        """Checksums are compared while TensorStore reads, so that what one brings into the page cache the other finds
-        there; each process compares its share of them."""
-        path = layout.step_path(self.directory, step)
-        with ThreadPoolExecutor(1) as background:
-            checked = background.submit(integrity.damage, path, (jax.process_index(), jax.process_count()))
-            try:
-                state = reading.restore_like(self.document(step), str(path), like, self._reader(step))
-            except layout.IntegrityError:
-                if (damage := checked.result()) is None:
-                    raise
-                return None, damage
-            return state, checked.result()
+        """Each process compares the checksums of what it reads, and of its share of the rest."""
+        path, share = layout.step_path(self.directory, step), (jax.process_index(), jax.process_count())
+        try:
+            table = chunks.table(path)
+        except IntegrityError:
+            if (damage := integrity.damage(path)) is None:  # every byte is as written, and yet it cannot be read
+                raise
+            return None, damage
+        read = partial(chunks.read, path, table, share=share)
+        try:
+            return reading.restore_like(self.document(step), str(path), like, read), None
+        except IntegrityError as error:
+            return None, str(error)
 
     def arrays(self, step: int, names: Iterable[str]) -> dict[str, np.ndarray]:
-        return reading.restore_numpy(self.document(step), names, self._reader(step))
+        path = layout.step_path(self.directory, step)
+        return reading.restore_numpy(self.document(step), names, partial(chunks.read, path, chunks.table(path)))
 
     def begin(self, step: int, arrays: Mapping[str, Any], document: dict[str, Any]) -> None:
         path = layout.step_path(self.directory, step)
@@ -104,10 +106,6 @@ class Folder:
         if self._orbax is not None:
             self._orbax.close()
             self._orbax = None
-
-    def _reader(self, step: int) -> reading.Reader:
-        path = layout.step_path(self.directory, step)
-        return lambda index, boxes: reading.read_folder(path, index, boxes)
 
     def _before_commit(self) -> None:
         assert self._saving is not None

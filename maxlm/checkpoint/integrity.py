@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,17 +56,27 @@ def damage(path: Path, share: tuple[int, int] = ALL) -> str | None:
     together read everything. Sizes, names and the metadata are checked by every share. Raises CheckpointError where the
     files may not be read, or are of another format.
     """
+    return looked_at(path, lambda: _damage(path, share))
+
+
+def _damage(path: Path, share: tuple[int, int]) -> str | None:
+    files = read_manifest(path)
+    for name in (*_WRITTEN_LATER, *files):
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        found = (path / name).stat().st_size
+        if not found and name in _WRITTEN_LATER:
+            return f"{name} is empty"
+        if name in files and found != files[name][0]:
+            return f"{name} has {found} bytes instead of {files[name][0]}"
+    return _first_damaged_block(path, files, share)
+
+
+def looked_at(path: Path, look: Callable[[], str | None]) -> str | None:
+    """What `look` finds wrong with the checkpoint at `path`, or what keeps it from looking. Raises CheckpointError
+    where that is a matter of permissions."""
     try:
-        files = read_manifest(path)
-        for name in (*_WRITTEN_LATER, *files):
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            found = (path / name).stat().st_size
-            if not found and name in _WRITTEN_LATER:
-                return f"{name} is empty"
-            if name in files and found != files[name][0]:
-                return f"{name} has {found} bytes instead of {files[name][0]}"
-        return _first_damaged_block(path, files, share)
+        return look()
     except IntegrityError as error:
         return str(error)
     except FileNotFoundError as error:
@@ -118,20 +128,25 @@ def _refuse_older_format(path: Path) -> None:
         raise CheckpointError(f"{path} is of format {found}, this maxlm reads {FORMAT}: use the maxlm that wrote it")
 
 
+def blocks(files: Mapping[str, tuple[int, list[int]]], share: tuple[int, int]) -> list[tuple[str, int]]:
+    """(file, number) of the blocks of `share`."""
+    every = [(name, number) for name, (_, sums) in files.items() for number in range(len(sums))]
+    return every[share[0] :: share[1]] if share[1] else []
+
+
+def differs(name: str, number: int, size: int) -> str:
+    first = number * BLOCK_BYTES
+    return f"{name} differs from its checksum between bytes {first} and {min(first + BLOCK_BYTES, size) - 1}"
+
+
 def _first_damaged_block(path: Path, files: dict[str, tuple[int, list[int]]], share: tuple[int, int]) -> str | None:
-    blocks = [(name, number, crc) for name, (_, sums) in files.items() for number, crc in enumerate(sums)]
+    def look(block: tuple[str, int]) -> str | None:
+        name, number = block
+        size, sums = files[name]
+        return None if _crc_of_block(path / name, number) == sums[number] else differs(name, number, size)
 
-    def differs(block: tuple[str, int, int]) -> str | None:
-        name, number, crc = block
-        if _crc_of_block(path / name, number) == crc:
-            return None
-        first = number * BLOCK_BYTES
-        last = min(first + BLOCK_BYTES, files[name][0]) - 1
-        return f"{name} differs from its checksum between bytes {first} and {last}"
-
-    always = [block for block in blocks if block[0].startswith(META_ITEM + "/")]
-    mine = always + (blocks[share[0] :: share[1]] if share[1] else [])
-    return next((found for found in _in_threads(differs, mine) if found), None)
+    always = [block for block in blocks(files, ALL) if block[0].startswith(META_ITEM + "/")]
+    return next((found for found in _in_threads(look, always + blocks(files, share)) if found), None)
 
 
 def _checksums(folder: Path, names: Sequence[str]) -> dict[str, list[Any]]:

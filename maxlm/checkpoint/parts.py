@@ -10,8 +10,8 @@ from __future__ import annotations
 import zlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from maxlm.checkpoint import pieces
+from maxlm.checkpoint.gather import Cut, Target, gather, in_order
 from maxlm.checkpoint.layout import IntegrityError
-from maxlm.checkpoint.leaves import Box, aligned_empty
+from maxlm.checkpoint.leaves import Box
 from maxlm.checkpoint.object_store import Objects
 
 OBJECT_BYTES = 1 << 26
@@ -76,12 +77,13 @@ def write_part(
         objects.write(key_of(root, process, number), data)
         return len(data), zlib.crc32(data)
 
-    return {"objects": list(in_order(write, enumerate(_cut(flat, OBJECT_BYTES)))), "pieces": table}
+    return {"objects": list(in_order(write, enumerate(_cut(flat, OBJECT_BYTES)), at_once=AT_ONCE)), "pieces": table}
 
 
 def check(objects: Objects, commit: Commit) -> None:
     """Reads every object. Raises IntegrityError where one is not what was written."""
-    deque(in_order(lambda key: len(read_object(objects, commit, *key)), commit.objects()), maxlen=0)
+    looked = in_order(lambda key: len(read_object(objects, commit, *key)), commit.objects(), at_once=AT_ONCE)
+    deque(looked, maxlen=0)
 
 
 def read_object(objects: Objects, commit: Commit, process: int, number: int) -> bytes:
@@ -97,56 +99,41 @@ def read_object(objects: Objects, commit: Commit, process: int, number: int) -> 
         raise IntegrityError(f"{name} differs from its checksum")
     return data
 
+
 def read(
     objects: Objects, commit: Commit, index: Mapping[str, list[Any]], boxes: Mapping[str, set[Box]]
 ) -> Iterator[tuple[str, dict[Box, np.ndarray]]]:
     """Each array's boxes as soon as its objects are there; every object is read once."""
-    covers = {name: _covers(commit, name, boxes[name]) for name in index}
-    cuts: dict[tuple[int, int], list[tuple[str, Box, int, slice, slice]]] = {}
-    left = dict.fromkeys(index, 0)
-    for name, cover in covers.items():
-        for box in {box for chosen in cover.values() for box in chosen}:
-            process, (offset, size) = _holder(commit, name, box)
+    covers: dict[str, dict[Box, list[Box]]] = {}
+    units: dict[tuple[int, int], list[Cut]] = {}  # one array after another, so that few are held half-read
+    for name in index:
+        held = _held(commit, name)
+        covers[name] = _covers(name, boxes[name], held)
+        for box in sorted({box for chosen in covers[name].values() for box in chosen}, key=held.__getitem__):
+            process, (offset, size) = held[box]
             for number, source, target in commit.parts[process].cuts(offset, size):
-                cuts.setdefault((process, number), []).append((name, box, size, source, target))
-                left[name] += 1
-    buffers: dict[str, dict[Box, np.ndarray]] = {name: {} for name in index}
-    wanted = sorted(cuts)
-    found = in_order(lambda key: read_object(objects, commit, *key), wanted)
-    for key, data in zip(wanted, found, strict=True):
-        view = np.frombuffer(data, np.uint8)
-        for name, box, size, source, target in cuts.pop(key):
-            if box not in buffers[name]:
-                buffers[name][box] = aligned_empty([size], np.dtype(np.uint8))
-            buffers[name][box][target] = view[source]
-            left[name] -= 1
-            if not left[name]:
-                yield name, _assembled(np.dtype(index[name][0]), covers[name], buffers.pop(name))
+                units.setdefault((process, number), []).append(Cut(name, box, size, source, target))
+
+    def fetch(unit: tuple[int, int], targets: list[Target]) -> None:
+        data = np.frombuffer(read_object(objects, commit, *unit), np.uint8)
+        for source, target in targets:
+            target[:] = data[source]
+
+    with closing(gather(index, covers, units, fetch, at_once=AT_ONCE)) as arrays:
+        yield from arrays
 
 
-def _assembled(dtype: np.dtype, covers: dict[Box, list[Box]], held: dict[Box, np.ndarray]) -> dict[Box, np.ndarray]:
-    parts = {}
-    for need, chosen in covers.items():
-        if chosen == [need]:
-            parts[need] = pieces.shaped(held[need], dtype, need)
-            continue
-        parts[need] = aligned_empty([stop - start for start, stop in need], dtype)
-        for box in chosen:
-            pieces.assemble(parts[need], need, box, pieces.shaped(held[box], dtype, box))
-    return parts
+def _held(commit: Commit, name: str) -> dict[Box, tuple[int, tuple[int, int]]]:
+    """Who wrote each piece of an array, and where in its stream."""
+    return {box: (process, place) for process, part in enumerate(commit.parts)
+            for box, place in part.pieces.get(name, {}).items()}
 
 
-def _covers(commit: Commit, name: str, needs: Iterable[Box]) -> dict[Box, list[Box]]:
-    there = sorted({box for part in commit.parts for box in part.pieces.get(name, ())})
-    covers = {need: pieces.cover(need, there) for need in needs}
+def _covers(name: str, needs: Iterable[Box], held: Mapping[Box, Any]) -> dict[Box, list[Box]]:
+    covers = {need: pieces.tiles(need, held) for need in needs}
     if None in covers.values():
         raise IntegrityError(f"parts of {name} are nowhere")
     return covers
-
-
-def _holder(commit: Commit, name: str, box: Box) -> tuple[int, tuple[int, int]]:
-    return next((process, part.pieces[name][box]) for process, part in enumerate(commit.parts)
-                if box in part.pieces.get(name, ()))
 
 
 def part_from(values: dict[str, Any]) -> Part:
@@ -173,19 +160,3 @@ def _cut(flat: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
                 run, room = [], size
     if run:
         yield run
-
-
-def in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """`map` with AT_ONCE calls in flight in threads; it does not run further ahead of its consumer."""
-    waiting: deque[Any] = deque()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= AT_ONCE:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,12 +61,20 @@ def cover(need: Box, boxes: Sequence[Box]) -> list[Box] | None:
     return chosen if sum(volume(common(box, need)) for box in chosen) == volume(need) else None
 
 
+def tiles(need: Box, boxes: Collection[Box]) -> list[Box] | None:
+    """Of `boxes`, no two of which overlap, those that have some of `need`; None where they do not fill it."""
+    if need in boxes:
+        return [need]
+    chosen = [box for box in boxes if volume(common(box, need))]
+    return chosen if sum(volume(common(box, need)) for box in chosen) == volume(need) else None
+
+
 def common(one: Box, other: Box) -> Box:
     return tuple((max(a, c), max(a, c, min(b, d))) for (a, b), (c, d) in zip(one, other, strict=True))
 
 
 def volume(box: Box) -> int:
-    return int(np.prod([stop - start for start, stop in box], dtype=np.int64))
+    return math.prod(stop - start for start, stop in box)
 
 
 def assemble(out: np.ndarray, need: Box, box: Box, part: np.ndarray) -> None:

@@ -1,25 +1,19 @@
-"""Reads the arrays that Orbax wrote, onto devices or into numpy, with TensorStore itself.
+"""What a checkpoint holds, onto devices or into numpy, whatever it is read from.
 
-Orbax's own restore lets TensorStore allocate each array and then copies it to where JAX wants it. Here TensorStore
-writes into memory that a CPU backend takes over as it is and a GPU's driver copies from, and no process waits for
-another: docs/RESILIENCE.md has what that is worth.
+The bytes are read into memory that a CPU backend takes over as it is and a GPU's driver copies from, and no process
+waits for another.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from maxlm.checkpoint import layout, leaves
+from maxlm.checkpoint import leaves
 from maxlm.checkpoint.leaves import Box
-
-_AHEAD_BYTES = 4 << 30  # of host memory that is being read into while what came before is placed
-
 
 # Of arrays (name -> [dtype, shape]), the boxes asked for: yields each array's, in order. Raises IntegrityError.
 Reader = Callable[[Mapping[str, list[Any]], Mapping[str, set[Box]]], Iterable[tuple[str, dict[Box, np.ndarray]]]]
@@ -63,48 +57,3 @@ def restore_numpy(document: Mapping[str, Any], names: Iterable[str], read: Reade
 
 def _local_indices(leaf: Any) -> Iterable[tuple[slice, ...]]:
     return leaf.sharding.addressable_devices_indices_map(tuple(leaf.shape)).values()
-
-
-def read_folder(
-    path: Path, index: Mapping[str, list[Any]], boxes: Mapping[str, Iterable[Box]]
-) -> Iterable[tuple[str, dict[Box, np.ndarray]]]:
-    """Each array's boxes, in order, from what Orbax wrote at `path`, with later ones under way while an earlier one is
-    in the caller's hands."""
-    import tensorstore as ts
-
-    base = {"driver": "ocdbt", "base": f"file://{path / layout.STATE_ITEM}/"}
-    context = ts.Context()
-    waiting: deque[tuple[str, dict[Box, np.ndarray], list[Any]]] = deque()
-    ahead = 0
-    try:
-        stores = {
-            # A chunk that is missing is an error, not an array of zeros.
-            name: ts.open({"driver": "zarr", "kvstore": {**base, "path": name}, "fill_missing_data_reads": False},
-                          open=True, read=True, context=context)
-            for name in index
-        }
-        for name, (dtype, _) in index.items():
-            store = stores[name].result()
-            parts = {
-                box: leaves.aligned_empty([stop - start for start, stop in box], np.dtype(dtype))
-                for box in boxes[name]
-            }
-            reads = [
-                ts.array(part).write(store[tuple(slice(start, stop) for start, stop in box)].translate_to[0])
-                for box, part in parts.items()
-            ]
-            waiting.append((name, parts, reads))
-            ahead += sum(part.nbytes for part in parts.values())
-            while ahead > _AHEAD_BYTES:
-                ahead -= sum(part.nbytes for part in waiting[0][1].values())
-                yield _finished(*waiting.popleft())
-        while waiting:
-            yield _finished(*waiting.popleft())
-    except ValueError as error:  # as TensorStore reports everything
-        raise layout.unreadable(path, error) from error
-
-
-def _finished(name: str, parts: dict[Box, np.ndarray], reads: list[Any]) -> tuple[str, dict[Box, np.ndarray]]:
-    for read in reads:
-        read.result()
-    return name, parts

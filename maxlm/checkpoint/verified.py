@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,11 +41,18 @@ def restore_state(directory: Directory, step: int | None, like: Any) -> Any:
     return state
 
 
-def require_intact(durable: Any, step: int) -> None:
-    """Raises IntegrityError where the checkpoint of `step` is damaged. One process reads all of it."""
-    damage = durable.damage(step)
-    if damage is not None:
-        raise _refused(durable, step, damage)
+@contextmanager
+def intact(durable: Any, step: int) -> Iterator[None]:
+    """Around reads of the checkpoint of `step` by one process, which compare the checksums of what they read. Raises
+    IntegrityError, with what to do, where it is damaged."""
+    damage = durable.damage(step, metadata_only=True)
+    try:
+        if damage is None:
+            yield
+            return
+    except IntegrityError as error:
+        damage = str(error)
+    raise _refused(durable, step, damage)
 
 
 def verify(directory: Directory) -> list[tuple[int, str | None]]:

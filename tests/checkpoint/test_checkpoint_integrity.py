@@ -9,12 +9,15 @@ import checkpoint_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
 from maxlm.checkpoint import (
     Checkpointer,
     CheckpointError,
     IntegrityError,
+    chunks,
     integrity,
     restore_state,
     tree_digest,
@@ -149,6 +152,43 @@ def test_a_step_set_aside_can_be_saved_and_damaged_again(folder):
             assert checkpointer.save(30, state(30), {"step": 30})
         assert len(list(folder.glob("30.damaged*"))) == count
         assert cases.raw(restore_state(folder, 30, like())) == cases.raw(state(30))
+
+
+def test_chunks_are_found_in_any_tree(tmp_path):
+    """TensorStore writes what is read straight from its files: trees of several levels, chunks within the tree."""
+    base = {"driver": "ocdbt", "base": f"file://{tmp_path}/state/",
+            "config": {"max_inline_value_bytes": 300, "max_decoded_node_bytes": 900}}
+    arrays = {f"params/w{i:02d}": np.random.default_rng(i).random((5, 6)).astype(np.float32) for i in range(30)}
+    for name, array in arrays.items():
+        spec = {"driver": "zarr", "kvstore": {**base, "path": f"{name}/"},
+                "metadata": {"shape": [5, 6], "chunks": [2, 6], "dtype": "<f4", "compressor": None}}
+        ts.open(spec, create=True).result().write(array).result()
+    large = np.arange(4000, dtype=np.int32)
+    spec = {"driver": "zarr", "kvstore": {**base, "path": "large/"},
+            "metadata": {"shape": [4000], "chunks": [1000], "dtype": "<i4", "compressor": None}}
+    ts.open(spec, create=True).result().write(large).result()
+    integrity.write_manifest(tmp_path)
+    index = {name: ["float32", [5, 6]] for name in arrays} | {"large": ["int32", [4000]]}
+    boxes = {name: {((0, 5), (0, 6)), ((1, 4), (2, 3))} for name in arrays} | {"large": {((500, 2500),)}}
+    table = chunks.table(tmp_path)
+    assert table.in_tree and any(chunk.file for chunk in table.arrays["large"].values())
+    for name, found in chunks.read(tmp_path, table, index, boxes):
+        for box, part in found.items():
+            expected = (arrays | {"large": large})[name][tuple(slice(*edges) for edges in box)]
+            assert part.dtype == expected.dtype and np.array_equal(part, expected), (name, box)
+        boxes.pop(name)
+    assert not boxes
+    del table.arrays["large"][(2000, 3000),]
+    with pytest.raises(IntegrityError, match="chunks of large are missing"):
+        next(chunks.read(tmp_path, table, {"large": index["large"]}, {"large": {((500, 2500),)}}))
+
+
+def test_orbax_reads_what_was_saved(saved):
+    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in cases.raw(state(20))}
+    found = ocp.PyTreeCheckpointHandler().restore(saved / "20/state", restore_args=as_numpy)
+    assert {name: np.asarray(array).tobytes() for name, array in found.items()} == {
+        name: data for name, (_, _, data) in cases.raw(state(20)).items()
+    }
 
 
 def test_what_may_not_be_read_is_no_damage(folder, monkeypatch):
