@@ -2,12 +2,12 @@
 
     python benchmarks/checkpoint_io.py --gigabytes 1 --folder /tmp --json benchmarks/results/checkpoint_io_cpu.json
 
-Makes a state of float32 arrays over all devices, saves it asynchronously `--repeats` times in each tier, and restores it
-with verification on, in turns with a plain read of the same files (one thread, 8 MiB at a time, into one buffer), each
-first every other time. Before each read and restore the files' pages are dropped from the page cache (fsync,
-posix_fadvise DONTNEED); `cold` says how many were gone, as mincore counts them. A stall counts against the period that saves need: the time
-between two saves at which it is 1%, and the recommended period, which is the larger of that, of ten times the time a
-save takes to be written, and of a minute. Takes about a minute a gigabyte on two cores.
+Makes a state of float32 arrays over all devices, saves it asynchronously `--repeats` times in each tier, and restores
+it with verification on, in turns with a plain read of the same files (one thread, 8 MiB at a time, into one buffer),
+each first every other time. Before each read and restore the files' pages are dropped from the page cache (fsync,
+posix_fadvise DONTNEED); `cold` says how many were gone, as mincore counts them. A stall counts against the period that
+saves need: the time between two saves at which it is 1%, and the recommended period, which is the larger of that, of
+ten times the time a save takes to be written, and of a minute. Takes about a minute a gigabyte on two cores.
 """
 
 from __future__ import annotations

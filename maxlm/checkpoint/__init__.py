@@ -8,11 +8,13 @@ it (layout.py); in an object store it is URL/STEP.SAVE/ (bucket.py).
   folder.py       the durable tier in a folder
   layout.py       what is there on disk: steps, completeness, keep policy, reading meta.json   (no JAX)
   orbax_io.py     the only module that talks to Orbax: writing
-  reading.py      reading what Orbax wrote, with TensorStore; placing arrays
+  chunks.py       reading what Orbax wrote, straight from its files
   integrity.py    checksums of every file: written before a step is visible, compared before it is trusted
   bucket.py       the durable tier in an object store
   parts.py        what each process writes there, in objects of bounded size
   object_store.py TensorStore's key-value stores: list, read, write, delete
+  reading.py      onto devices or into numpy, whatever it is read from
+  gather.py       arrays put together from blocks or objects that are checked as they are read
   leaves.py       any pytree <-> a flat dict of arrays under stable readable names
   pieces.py       parts of arrays as raw bytes, and how they cover each other
   verified.py     restore that checks what it reads; the newest good step, with damaged ones set aside

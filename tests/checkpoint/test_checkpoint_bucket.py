@@ -20,6 +20,7 @@ from maxlm.checkpoint import (
     CheckpointError,
     IntegrityError,
     array_digest,
+    bucket,
     latest_step,
     list_checkpoints,
     named_leaves,
@@ -268,6 +269,16 @@ def test_kill_inside_a_save(url, store, method, step, name, kept):
         assert not any("/writing/" in key for key in store.objects)
         checkpointer.save(4, state(4), {"step": 4})
     assert verify(url) == [(4, None)]
+
+
+def test_a_process_that_fails_or_is_silent_does_not_hang_the_others(url, store, monkeypatch):
+    monkeypatch.setattr(bucket, "PEERS_SECONDS", 0.2)
+    place = bucket.Bucket(url)
+    with pytest.raises(CheckpointError, match=r"4.x is not complete, no word from the others for 0.2 s"):
+        place._await("4.x", lambda names: "1.done" in names)
+    store.objects["runs/the run/4.x/writing/1.failed"] = b"1"
+    with pytest.raises(CheckpointError, match=r"4.x is not complete, process 1 failed: run the same command again"):
+        place._await("4.x", lambda names: "1.done" in names)
 
 
 def test_two_processes_write_one_checkpoint(url, store, tmp_path):
