@@ -10,7 +10,7 @@
 
 Hardware: one H200, four runs at a time. Budgets lie four apart and each takes five of eight shapes, so that shapes are
 shared between budgets; two repeats with other seeds give the noise floor. Batches are small (8,192 tokens) because runs
-of fewer than about 700 steps do not lie on the curve of longer ones. The rate falls with the width.
+of fewer than about 700 steps do not lie on the curve of longer ones. One learning rate serves all sizes (completep).
 How long: not measured yet. 2.2e16 FLOPs in 370,000 steps, most of them bound by dispatch and not by arithmetic, and
 1.3e16 FLOPs in 60,000 steps for the forecast run.
 """
@@ -23,6 +23,7 @@ from maxlm.config import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    ParametrizationConfig,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
@@ -38,14 +39,14 @@ BATCH, SEQ_LEN = 16, 512
 
 def size(layers: int, width: int) -> Point:
     return {"model.num_layers": layers, "model.hidden_dim": width, "model.num_heads": width // 16,
-            "model.num_kv_heads": width // 16, "model.mlp_dim": 8 * width // 3 // 16 * 16,
-            "optimizer.learning_rate": 4e-3 * 64 / width}
+            "model.num_kv_heads": width // 16, "model.mlp_dim": 8 * width // 3 // 16 * 16}
 
 
 def base() -> RunConfig:
     return RunConfig(
         model=ModelConfig(num_layers=2, hidden_dim=48, num_heads=3, num_kv_heads=3, head_dim=16, mlp_dim=128,
-                          vocab_size=264, qk_norm=True),
+                          vocab_size=264, qk_norm=True,
+                          parametrization=ParametrizationConfig("completep", base_width=64, base_depth=2)),
         data=DataConfig(source="installed-packages", tokenizer="bytes", heldout_fraction=0.02),
         train=TrainConfig(global_batch_size=BATCH, seq_len=SEQ_LEN),
         optimizer=OptimizerConfig(learning_rate=4e-3),

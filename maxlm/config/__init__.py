@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from maxlm.config.model import ModelConfig
+from maxlm.config.model import ParametrizationConfig as ParametrizationConfig
 from maxlm.config.model import RopeConfig as RopeConfig
 from maxlm.config.resilience import ResilienceConfig
 from maxlm.schema import check_types, flatten, not_negative, positive, require
@@ -339,6 +340,11 @@ class RunConfig:
         require(
             ramp <= self.train.num_steps,
             f"schedule.warmup_steps + decay_steps = {ramp} is more than train.num_steps={self.train.num_steps}",
+        )
+        require(
+            self.optimizer.name == "adamw" or self.model.parametrization.name == "standard",
+            f"model.parametrization.name={self.model.parametrization.name!r} is for optimizer.name='adamw': set it to "
+            "'standard', or the optimizer to adamw",
         )
         chunks = self.compute.loss_chunks
         require(

@@ -85,6 +85,21 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class ParametrizationConfig:
+    """How initial values and learning rates change with the model's size, so that the best learning rate of a small
+    model is that of a large one: 'mup' across widths, 'completep' across widths and depths (model/parametrization.py
+    has the table and the sources). At `base_width` and `base_depth` all three are the same model."""
+
+    name: Literal["standard", "mup", "completep"] = "standard"
+    base_width: int = 256
+    base_depth: int = 4  # completep only
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.parametrization")
+        positive("model.parametrization", base_width=self.base_width, base_depth=self.base_depth)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer. `layer_pattern` repeats over the layers and is the unit of the layer loop."""
 
@@ -106,6 +121,7 @@ class ModelConfig:
     attention_softcap: float = 0.0  # 0 means none (Gemma 2, arXiv:2408.00118)
     logit_softcap: float = 0.0
     init_std: float = 0.02
+    parametrization: ParametrizationConfig = field(default_factory=ParametrizationConfig)
     num_experts: int = 0  # 0: every MLP is dense
     experts_per_token: int = 0
     expert_dim: int = 0  # hidden units of one expert
@@ -132,6 +148,9 @@ class ModelConfig:
 
     def _check_experts(self) -> None:
         moe, experts = self.moe, self.num_experts
+        require(not experts or self.parametrization.name == "standard",
+                f"model.parametrization.name={self.parametrization.name!r} has no rule for routers: set it to "
+                "'standard' or model.num_experts to 0")
         if not experts:
             for name in ("experts_per_token", "expert_dim"):
                 require(getattr(self, name) == 0, f"model.{name}={getattr(self, name)} needs model.num_experts above 0")

@@ -13,6 +13,7 @@ from maxlm.config import ModelConfig
 from maxlm.kernels.attention import attention
 from maxlm.model.norm import RMSNorm
 from maxlm.model.parameter import matrix
+from maxlm.model.parametrization import multipliers
 from maxlm.model.rope import Rotation, rotate
 from maxlm.parallel.sharding import constrain, einsum, use
 
@@ -30,14 +31,14 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: ModelConfig, window: int | None, kernel: str, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, kv_heads, head = config.hidden_dim, config.num_kv_heads, config.head_dim
         self.group = config.num_heads // kv_heads
+        scale = multipliers(config)
         # One matrix makes each group's queries, then its key and its value: query head h reads group h // R.
         self.qkv = matrix(
-            rngs, (width, kv_heads, self.group + 2, head), ("embed", "kv_heads", None, None), config.init_std,
-            contracted=(0,), produced=(1, 3),
+            rngs, (width, kv_heads, self.group + 2, head), ("embed", "kv_heads", None, None),
+            config.init_std / scale.matrix_init, contracted=(0,), produced=(1, 3),
         )
-        depth_scaled = config.init_std / math.sqrt(2 * config.num_layers)  # GPT-2, section 2.3
         self.out = matrix(
-            rngs, (config.num_heads, head, width), ("heads", None, "embed"), depth_scaled,
+            rngs, (config.num_heads, head, width), ("heads", None, "embed"), config.init_std / scale.residual_init,
             contracted=(0, 1), produced=(2,),
         )
         self.q_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else None

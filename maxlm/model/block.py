@@ -15,6 +15,7 @@ from maxlm.model.mlp import MLP
 from maxlm.model.moe.layer import MoE
 from maxlm.model.moe.load import Load
 from maxlm.model.norm import RMSNorm
+from maxlm.model.parametrization import multipliers
 from maxlm.model.rope import Rotation
 
 
@@ -47,6 +48,7 @@ class Block(nnx.Module):
             self.mlp = MoE(config, kernels.grouped_matmul, kernels.exchange, dtype, rngs)
         else:
             self.mlp = MLP(config, config.mlp_dim, dtype, rngs)
+        self.multiplier = multipliers(config).sublayer
 
     def __call__(self, x_BTD: jax.Array, turn: Rotation, segment_ids_BT: jax.Array,
                  key: jax.Array | None = None) -> tuple[jax.Array, Load | None]:
@@ -66,13 +68,16 @@ class Block(nnx.Module):
 
     def _layer(self, x_BTD: jax.Array, attend: Callable[[jax.Array], jax.Array], segment_ids_BT: jax.Array,
                key: jax.Array | None = None) -> tuple[jax.Array, Load | None]:
-        x_BTD = x_BTD + _normed(self.attention_post_norm, attend(_normed(self.attention_norm, x_BTD)))
+        x_BTD = x_BTD + self._scaled(_normed(self.attention_post_norm, attend(_normed(self.attention_norm, x_BTD))))
         h_BTD, load = _normed(self.mlp_norm, x_BTD), None
         if isinstance(self.mlp, MoE):
             h_BTD, load = self.mlp(h_BTD, segment_ids_BT, key)
         else:
             h_BTD = self.mlp(h_BTD)
-        return x_BTD + _normed(self.mlp_post_norm, h_BTD), load
+        return x_BTD + self._scaled(_normed(self.mlp_post_norm, h_BTD)), load
+
+    def _scaled(self, out_BTD: jax.Array) -> jax.Array:
+        return out_BTD if self.multiplier == 1.0 else self.multiplier * out_BTD
 
 
 def _normed(norm: RMSNorm | None, x: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from maxlm.model.block import PLAIN, Block, Kernels
 from maxlm.model.moe.load import Load
 from maxlm.model.norm import RMSNorm
 from maxlm.model.parameter import matrix
+from maxlm.model.parametrization import multipliers
 from maxlm.model.rope import rotation
 from maxlm.parallel.sharding import unstack, use
 
@@ -90,7 +91,12 @@ class Transformer(nnx.Module):
                 x_BTD, loads = jax.lax.scan(repeat, x_BTD, (stacks, keys), unroll=self.unroll)
         if loads is not None:  # [repeats, place in the pattern, ...] -> [sparse layers, ...]
             loads = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), loads)
-        return self.final_norm(x_BTD), loads
+        return self._finished(x_BTD), loads
+
+    def _finished(self, x_BTD: jax.Array) -> jax.Array:
+        """What the head sees of the residual stream."""
+        h_BTD, output = self.final_norm(x_BTD), multipliers(self.config).output
+        return h_BTD if output == 1.0 else output * h_BTD
 
     @staticmethod
     def _parts(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -134,7 +140,7 @@ class Transformer(nnx.Module):
         cache = dict(cache)
         for name in cache:
             x_BTD, cache[name] = jax.lax.scan(repeat, x_BTD, (self.stacks(name), cache[name]))
-        return self.final_norm(x_BTD), cache
+        return self._finished(x_BTD), cache
 
     def empty_cache(self, batch: int, length: int) -> dict[str, tuple[Cache, ...]]:
         """Zeroed caches for `length` tokens: of each part of the layer loop, one a place in the layer pattern, stacked

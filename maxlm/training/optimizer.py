@@ -13,15 +13,25 @@ import optax.contrib
 from flax import nnx
 
 from maxlm.config import OptimizerConfig, ScheduleConfig
+from maxlm.model.parametrization import Multipliers
 from maxlm.parallel.sharding import has_mesh
 from maxlm.training.schedule import make_schedule
 
+UNSCALED = Multipliers()
 
-def make_optimizer(config: OptimizerConfig, schedule: ScheduleConfig, num_steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then the named optimizer with decoupled weight decay on matrices."""
-    learning_rate = make_schedule(schedule, config.learning_rate, num_steps)
+
+def make_optimizer(config: OptimizerConfig, schedule: ScheduleConfig, num_steps: int, *,
+                   peak: jax.Array | None = None, scale: Multipliers = UNSCALED) -> optax.GradientTransformation:
+    """Global-norm clipping, then the named optimizer with decoupled weight decay on matrices.
+
+    peak: in place of the config's learning rate, such as a traced value. scale: the model's parametrization (AdamW).
+    """
+    learning_rate = make_schedule(schedule, config.learning_rate if peak is None else peak, num_steps)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    adamw = _finish(_scale_by_adam(config), config, learning_rate)
+    adam = _scale_by_adam(config)
+    if (scale.matrix_rate, scale.layer_eps, scale.table_eps) != (1.0, 1.0, 1.0):
+        adam = _parametrized(adam, scale)
+    adamw = _finish(adam, config, learning_rate)
     if config.name == "adamw":
         return optax.chain(clip, adamw)
     muon = _finish(_scale_by_muon(config), config, learning_rate)
@@ -60,6 +70,23 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
         return updates, cast(state, nu_dtype)
 
     return optax.GradientTransformation(lambda params: cast(adam.init(params), nu_dtype), update)
+
+
+def _parametrized(adam: optax.GradientTransformation, scale: Multipliers) -> optax.GradientTransformation:
+    """Adam whose eps and rate are those of `scale`. Gradients over s before Adam are eps times s inside it; the rate
+    multiplies Adam's direction and not the decay that is added to it after, whose product with the rate stays."""
+
+    def divided(p: nnx.Param, g: jax.Array) -> jax.Array:
+        return g / (scale.layer_eps if g.ndim > len(p.dims) else scale.table_eps)  # layers are stacked
+
+    def slowed(p: nnx.Param, u: jax.Array) -> jax.Array:
+        return u * scale.matrix_rate if p.contracted else u
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(_of_params(divided, grads), state, params)
+        return _of_params(slowed, updates), state
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def _scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -15,6 +15,7 @@ from maxlm.kernels.attention import choose_attention
 from maxlm.kernels.grouped_matmul import choose_grouped_matmul
 from maxlm.model import Transformer, make_transformer
 from maxlm.model.block import Kernels
+from maxlm.model.parametrization import multipliers
 from maxlm.parallel.sharding import stored
 from maxlm.schema import ConfigError
 from maxlm.training.optimizer import make_optimizer
@@ -61,8 +62,10 @@ def build_model(config: RunConfig, key: jax.Array, device: jax.Device) -> Transf
     )
 
 
-def optimizer_of(config: RunConfig) -> optax.GradientTransformation:
-    return make_optimizer(config.optimizer, config.schedule, config.train.num_steps)
+def optimizer_of(config: RunConfig, peak: jax.Array | None = None) -> optax.GradientTransformation:
+    """peak: a learning rate in place of the config's, which may be traced."""
+    return make_optimizer(config.optimizer, config.schedule, config.train.num_steps, peak=peak,
+                          scale=multipliers(config.model))
 
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
