@@ -202,8 +202,8 @@ class Bucket:
         """CheckpointError in one line for whatever was raised while `doing` to the checkpoint."""
         if isinstance(error, CheckpointError):
             return error
-        return CheckpointError(f"{doing} {self.path(step)} failed ({type(error).__name__}: {error}): fix the cause, "
-                               "then run the same command again to resume")
+        return CheckpointError(f"{doing} {self.path(step)} failed ({layout.first_line(error)}): fix the cause, then "
+                               "run the same command again to resume")
 
     def close(self) -> None:
         pass

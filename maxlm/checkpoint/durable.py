@@ -6,21 +6,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+from maxlm.checkpoint import layout
+from maxlm.checkpoint.bucket import Bucket
+from maxlm.checkpoint.folder import Folder
 from maxlm.checkpoint.layout import CheckpointError, CheckpointRow, IntegrityError
 
 Directory = str | os.PathLike[str]  # a folder, a URL, or the file RUN_DIR/checkpoints that holds a URL
+Durable = Folder | Bucket  # the same methods
 
 
-def opened(directory: Directory) -> Any:
-    """The Folder or Bucket (folder.py, bucket.py; they have the same methods) that `directory` names."""
+def opened(directory: Directory) -> Durable:
+    """What `directory` names."""
     url = url_of(directory)
-    if url is None:
-        from maxlm.checkpoint.folder import Folder
-
-        return Folder(Path(directory))
-    from maxlm.checkpoint.bucket import Bucket
-
-    return Bucket(url)
+    return Folder(Path(directory)) if url is None else Bucket(url)
 
 
 def url_of(directory: Directory) -> str | None:
@@ -42,8 +40,6 @@ def redirect(folder: Path, target: str) -> None:
 
     Raises CheckpointError where `folder` holds checkpoints of its own, or cannot be made to lead there.
     """
-    from maxlm.checkpoint import layout
-
     url = url_of(target)
     try:
         if url is None:

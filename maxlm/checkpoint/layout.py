@@ -212,17 +212,18 @@ def explain(error: BaseException, path: Path, doing: str) -> CheckpointError:
     for patterns, problem, fix in _CAUSES:
         if any(pattern in said for pattern in patterns):
             return CheckpointError(f"{problem} while {doing} {path}: {fix}, then run the same command again to resume")
-    first = _first_line(error)
+    first = first_line(error)
     return CheckpointError(f"{doing} {path} failed ({first}): fix the cause, then run the same command again to resume")
 
 
 def unreadable(path: Path, error: BaseException) -> IntegrityError:
     return IntegrityError(
-        f"{path} cannot be read ({_first_line(error)}): rename that folder to resume from the checkpoint before it"
+        f"{path} cannot be read ({first_line(error)}): rename that folder to resume from the checkpoint before it"
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The error's type and what it says first."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 

@@ -42,11 +42,11 @@ class Objects:
         found = self._wait("reading", key, self._open().read, key)
         return found.value if found.state == "value" else None
 
-    def write(self, key: str, data: bytes, *, seconds: float = SECONDS) -> None:
+    def write(self, key: str, data: bytes, *, seconds: float | None = None) -> None:
         """Makes or replaces the object, at once and whole."""
         self._wait("writing", key, self._open().write, key, data, seconds=seconds)
 
-    def delete(self, prefix: str, *, seconds: float = SECONDS) -> None:
+    def delete(self, prefix: str, *, seconds: float | None = None) -> None:
         """Deletes every object whose key begins with `prefix`, in no order."""
         self._wait("deleting", prefix, self._open().delete_range, _range(prefix), seconds=seconds)
 
@@ -58,7 +58,8 @@ class Objects:
             self._kvstore = self._wait("opening", "", ts.KvStore.open, _spec(self.url), context=context)
         return self._kvstore
 
-    def _wait(self, doing: str, key: str, start: Any, *args: Any, seconds: float = SECONDS, **options: Any) -> Any:
+    def _wait(self, doing: str, key: str, start: Any, *args: Any, seconds: float | None = None, **options: Any) -> Any:
+        seconds = seconds or SECONDS
         try:
             return start(*args, **options).result(timeout=seconds)
         except (ValueError, TimeoutError) as error:  # TensorStore reports everything as ValueError

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from maxlm.checkpoint import agreement
-from maxlm.checkpoint.durable import Directory, opened, require_step
+from maxlm.checkpoint.durable import Directory, Durable, opened, require_step
 from maxlm.checkpoint.layout import IntegrityError
 from maxlm.checkpoint.local_tier import LocalTier
 from maxlm.checkpoint.peers import LocalSteps
@@ -42,7 +42,7 @@ def restore_state(directory: Directory, step: int | None, like: Any) -> Any:
 
 
 @contextmanager
-def intact(durable: Any, step: int) -> Iterator[None]:
+def intact(durable: Durable, step: int) -> Iterator[None]:
     """Around reads of the checkpoint of `step` by one process, which compare the checksums of what they read. Raises
     IntegrityError, with what to do, where it is damaged."""
     damage = durable.damage(step, metadata_only=True)
@@ -61,7 +61,7 @@ def verify(directory: Directory) -> list[tuple[int, str | None]]:
     return [(step, durable.damage(step)) for step in durable.present_steps()]
 
 
-def restore_verified(durable: Any, step: int, like: Any) -> tuple[Any, str | None]:
+def restore_verified(durable: Durable, step: int, like: Any) -> tuple[Any, str | None]:
     """(the state of `step`, None), or (None, what is damaged), the same on every process."""
     restored: list[Any] = []
 
@@ -84,7 +84,7 @@ def restore_verified(durable: Any, step: int, like: Any) -> tuple[Any, str | Non
 
 
 def newest_good(
-    durable: Any, target: Callable[[int, dict[str, Any]], Any], *, strict: bool, say: Callable[[str], None],
+    durable: Durable, target: Callable[[int, dict[str, Any]], Any], *, strict: bool, say: Callable[[str], None],
     local: LocalTier | None = None,
 ) -> Restored | None:
     """The newest good checkpoint in `durable` and the local tier; None where there has never been one.
@@ -111,7 +111,7 @@ def newest_good(
 
 
 def _durable(
-    durable: Any, step: int, target: Callable[[int, dict[str, Any]], Any], strict: bool, say: Callable[[str], None]
+    durable: Durable, step: int, target: Callable[[int, dict[str, Any]], Any], strict: bool, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], Any] | None:
     """(meta, state) of `step`; None where it is damaged, and set aside now."""
     state, damage = None, _metadata_damage(durable, step)
@@ -140,7 +140,7 @@ def _report(notes: list[str], strict: bool, say: Callable[[str], None]) -> None:
         say(text)
 
 
-def _refuse_to_begin_again(durable: Any, local: LocalTier | None) -> None:
+def _refuse_to_begin_again(durable: Durable, local: LocalTier | None) -> None:
     """Raises IntegrityError where there were checkpoints and none of them is good any more."""
 
     def look() -> list[str]:
@@ -155,12 +155,12 @@ def _refuse_to_begin_again(durable: Any, local: LocalTier | None) -> None:
         )
 
 
-def _metadata_damage(durable: Any, step: int) -> str | None:
+def _metadata_damage(durable: Durable, step: int) -> str | None:
     found = agreement.on_all(lambda: durable.damage(step, metadata_only=True))
     return next((damage for damage in found if damage is not None), None)
 
 
-def _refused(durable: Any, step: int, damage: str) -> IntegrityError:
+def _refused(durable: Durable, step: int, damage: str) -> IntegrityError:
     return IntegrityError(
         f"{durable.path(step)} is damaged ({damage}): choose another checkpoint (`maxlm checkpoint verify`), or let "
         "`maxlm train` set it aside"

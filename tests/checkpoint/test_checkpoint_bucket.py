@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
 import checkpoint_cases as cases
 import jax.numpy as jnp
@@ -202,6 +203,16 @@ def test_a_store_that_is_gone_loses_nothing(saved, store):
         assert checkpointer.save(50, state(50), {"step": 50})
     assert [step for step, _ in verify(saved)] == [10, 20, 30, 50]
     assert newest(saved)[0].step == 50
+
+
+def test_a_store_that_is_silent_is_given_up(saved, store, monkeypatch):
+    monkeypatch.setattr(object_store, "SECONDS", 0.3)
+    go_on = threading.Event()
+    store.before = lambda method, key: go_on.wait(30) and None
+    with pytest.raises(CheckpointError, match=r"does not answer while listing gs://.*\(no answer in 0.3 s\)"):
+        latest_step(saved)
+    go_on.set()
+    assert latest_step(saved) == 30
 
 
 @pytest.mark.parametrize(("method", "status", "message"), [
