@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -28,11 +29,7 @@ from maxlm.parallel.distributed import (
     processes,
     together,
 )
-from maxlm.scaling.command import add_options as add_fit_options
-from maxlm.scaling.command import fit
-from maxlm.scaling.forecast_command import add_verbs as add_forecast_verbs
-from maxlm.scaling.sweep_command import add_options as add_sweep_options
-from maxlm.scaling.sweep_command import sweep
+from maxlm.scaling.verbs import add_verbs as add_scaling_verbs
 from maxlm.schema import ConfigError
 
 UNSAFE, INTERRUPTED = 3, 130
@@ -125,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(train)
     _add_processes(train)
 
+    packed = _verb(verbs, "packed", _packed, "train configs that differ in seed and learning rate in one program")
+    packed.add_argument("configs", nargs="+", metavar="CONFIG", type=Path)
+    packed.add_argument("--out", required=True, type=Path, help="folder for a run directory each, named as its config")
+
     evaluate = _verb(verbs, "eval", _eval, "held-out loss, perplexity and bits per byte, as JSON")
     _add_checkpoint(evaluate)
     evaluate.add_argument("--data", help="a prepared folder (default: the run's own)")
@@ -158,11 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as one JSON object")
 
     _add_data(verbs)
-    add_sweep_options(_verb(verbs, "sweep", sweep, "train the runs of a sweep and collect their results"))
-    add_fit_options(_verb(verbs, "fit", _on_cpu(fit), "fit a scaling law to finished runs, with intervals"))
-    forecast = verbs.add_parser("forecast", help="sealed forecasts of runs", description="sealed forecasts of runs")
-    inner = forecast.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
-    add_forecast_verbs(lambda name, function, text: _verb(inner, name, _on_cpu(function), text))
+    group = lambda name, text: functools.partial(_verb, verbs.add_parser(name, help=text, description=text)  # noqa: E731
+                                                 .add_subparsers(required=True, metavar="VERB", parser_class=_Parser))
+    add_scaling_verbs(functools.partial(_verb, verbs), group, _on_cpu)
     _add_checkpoint_verbs(verbs)
     return parser
 
@@ -245,6 +244,17 @@ def _train(arguments: argparse.Namespace) -> int:
         if outcome.evaluation is not None:
             finish(config, arguments.run_dir, outcome)
         goodput.end()
+    return 0
+
+
+def _packed(arguments: argparse.Namespace) -> int:
+    from maxlm.overrides import load_config
+
+    configs = [load_config(path) for path in arguments.configs]
+    _start_jax()
+    from maxlm.training.packed_loop import train_packed
+
+    train_packed(configs, [arguments.out / path.stem for path in arguments.configs])
     return 0
 
 

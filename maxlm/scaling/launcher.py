@@ -15,8 +15,10 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
+from maxlm.config.packing import on_one_device, packing_difference
 from maxlm.scaling.cost import Device, devices_of
 from maxlm.scaling.devices import visible
 from maxlm.scaling.grid import Trial
@@ -40,7 +42,7 @@ class Launcher(Protocol):
 
 @dataclass
 class Job:
-    """A trial's state, and why it failed; `starts` of this launcher."""
+    """A trial's state, and why it failed; `starts` of this launcher. `mates` are trained by the same process."""
 
     trial: Trial
     state: str = WAITING
@@ -50,13 +52,15 @@ class Job:
     crashes: int = 0
     process: subprocess.Popen | None = None
     devices: list[int] = field(default_factory=list)
+    mates: list[Job] = field(default_factory=list)
 
 
 class LocalLauncher:
-    """`jobs` runs at a time on `count` devices of this machine; more runs than devices share them."""
+    """`jobs` processes at a time on `count` devices of this machine; more processes than devices share them. Up to
+    `packed` runs that differ in seed and learning rate alone are one process."""
 
-    def __init__(self, device: Device, count: int, jobs: int | None):
-        self.device, self.count = device, count
+    def __init__(self, device: Device, count: int, jobs: int | None, packed: int = 1):
+        self.device, self.count, self.packed = device, count, packed
         self.jobs = jobs or count
         if device.platform == "tpu" and self.jobs > 1:  # a process takes all of a host's chips
             self.jobs = 1
@@ -93,13 +97,16 @@ class LocalLauncher:
         """Looks at what has ended and starts what can start. False where nothing is left to wait for."""
         for job in jobs.values():
             if job.process is not None and (code := job.process.poll()) is not None:
-                job.process, job.exit_code = None, code
+                job.process = None
                 free += job.devices
-                self._ended(folder, job)
+                for ended in (job, *job.mates):
+                    ended.exit_code = code
+                    self._ended(folder, ended, folder.log(job.trial))
+                    table.event(ended)
                 folder.collect()
-                table.event(job)
             elif job.process is not None and self._stopping and job.state == RUNNING:
-                job.state = STOPPED  # it saves first, and is waited for
+                for stopped in (job, *job.mates):
+                    stopped.state = STOPPED  # it saves first, and is waited for
                 job.process.terminate()
         for job in jobs.values():
             if self._stopping:
@@ -127,12 +134,29 @@ class LocalLauncher:
         job.devices = distinct[:needed]
         for number in job.devices:
             free.remove(number)
+        job.mates = self._mates(job, jobs)
         job.process = self._spawn(folder, job)
-        job.state, job.starts = RUNNING, job.starts + 1
-        return table.event(job)
+        for started in (job, *job.mates):
+            started.state, started.starts = RUNNING, started.starts + 1
+            table.event(started)
+        return None
+
+    def _mates(self, job: Job, jobs: dict[str, Job]) -> list[Job]:
+        """Other waiting trials that one program can train with `job`'s. Packs keep no checkpoints, so neither trunks
+        nor branches are in one, nor what was begun alone."""
+        trunks = {other.trial.branch_of for other in jobs.values()}
+        alone = lambda one: one.trial.branch_of is not None or one.trial.name in trunks  # noqa: E731
+        if self.packed == 1 or alone(job) or not on_one_device(job.trial.config) or job.trial.config.model.num_experts:
+            return []
+        fit = [other for other in jobs.values() if other is not job and other.state == WAITING and not alone(other)
+               and not packing_difference(job.trial.config, other.trial.config)]
+        return fit[: self.packed - 1]
 
     def _spawn(self, folder: SweepFolder, job: Job) -> subprocess.Popen:
         words = ["train", str(folder.config_file(job.trial)), "--run-dir", str(folder.run_dir(job.trial))]
+        if job.mates:
+            files = [str(folder.config_file(one.trial)) for one in (job, *job.mates)]
+            words = ["packed", *files, "--out", str(folder.run_dir(job.trial).parent)]
         environment = {**os.environ, **visible(self.device, job.devices, self.share)}
         with folder.log(job.trial).open("ab") as log:
             return subprocess.Popen(
@@ -140,25 +164,25 @@ class LocalLauncher:
                 env=environment, pass_fds=(folder.lock,), start_new_session=True, preexec_fn=_die_with_parent,
             )
 
-    def _ended(self, folder: SweepFolder, job: Job) -> None:
+    def _ended(self, folder: SweepFolder, job: Job, log: Path) -> None:
         code = job.exit_code
         if folder.is_done(job.trial):
             job.state = DONE
         elif self._stopping:
             job.state = STOPPED
         elif code in (MISTAKE, UNSAFE):
-            job.state, job.reason = FAILED, _last_line(folder, job)
+            job.state, job.reason = FAILED, _last_line(log)
         elif code in (0, RESTART):  # it was preempted, or asks for it
             job.state = WAITING if job.starts <= RESTARTS else FAILED
-            job.reason = f"started {job.starts} times without an end: {_last_line(folder, job)}"
+            job.reason = f"started {job.starts} times without an end: {_last_line(log)}"
         else:
             job.crashes += 1
             job.state = WAITING if job.crashes <= RETRIES else FAILED
-            job.reason = f"ended with exit code {code}, {job.crashes} times: {_last_line(folder, job)}"
+            job.reason = f"ended with exit code {code}, {job.crashes} times: {_last_line(log)}"
 
 
-def _last_line(folder: SweepFolder, job: Job) -> str:
-    lines = folder.log(job.trial).read_text(errors="replace").strip().splitlines()
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("maxlm: ") if lines else "it said nothing"
 
 

@@ -23,7 +23,9 @@ def add_options(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument("--out", required=True, type=Path, help="folder for the runs, runs.jsonl and curves.jsonl")
     sweep.add_argument("--dry-run", action="store_true", help="print every run and what it costs, and start none")
     sweep.add_argument("--launcher", choices=LAUNCHERS, default="local", help="where the runs run (default: local)")
-    sweep.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a device)")
+    sweep.add_argument("--jobs", type=int, metavar="N", help="processes at a time (default: one a device)")
+    sweep.add_argument("--packed", type=int, metavar="N", default=1,
+                       help="up to N runs that differ in seed and learning rate alone are one program (default: 1)")
     sweep.add_argument("--chip", help="with --dry-run: plan for this chip, such as 'NVIDIA H200'")
 
 
@@ -38,21 +40,22 @@ def sweep(arguments: argparse.Namespace) -> int:
     require(arguments.launcher == "local", f"--launcher {arguments.launcher} is not built yet: use --launcher local "
                                            "where the devices are")
     require(arguments.jobs is None or arguments.jobs > 0, f"--jobs {arguments.jobs} must be 1 or more")
+    require(arguments.packed > 0, f"--packed {arguments.packed} must be 1 or more")
     require(arguments.chip is None or arguments.dry_run, "--chip is for --dry-run: runs use the devices that are here")
     planned = load_sweep(arguments.sweep)
     check_branches(planned)
     device, count = (device_called(arguments.chip), 1) if arguments.chip else devices_here()
-    launcher = LocalLauncher(device, count, arguments.jobs)
+    launcher = LocalLauncher(device, count, arguments.jobs, arguments.packed)
     costs = {trial.name: cost(trial, planned, device) for trial in planned.trials}
     folder = SweepFolder(arguments.out, planned)
     folder.check()
     if arguments.dry_run:
         print(plan(planned, costs, launcher.jobs, f"{count} x {device.kind}", folder))
-    refused = too_large(costs, device, launcher.share)
+    refused = too_large(costs, device, launcher.share * arguments.packed)
     if refused:
         raise ConfigError(f"{'; '.join(refused[:5])}{f' (and {len(refused) - 5} more)' if len(refused) > 5 else ''}: "
                           "lower train.global_batch_size, raise train.grad_accumulation, set remat.policy, or lower "
-                          "--jobs")
+                          "--jobs or --packed")
     if arguments.dry_run:
         return 0
     with folder:

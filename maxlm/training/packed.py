@@ -8,7 +8,6 @@ are batched differently. One device: no mesh is installed, so every array lives 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -18,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.config import RunConfig
+from maxlm.config.packing import MAY_DIFFER, on_one_device, packing_difference
 from maxlm.hardware import compiler_options
-from maxlm.schema import ConfigError, flatten, require
+from maxlm.schema import require
 from maxlm.training.loss import Batch, summed_loss, token_count
 from maxlm.training.schedule import make_schedule
 from maxlm.training.state import TrainState, build_model, optimizer_of
 from maxlm.training.step import StepMetrics, train_step
-
-MAY_DIFFER = ("train.seed", "optimizer.learning_rate")  # the seed decides the data order too
 
 
 class PackedRuns:
@@ -34,7 +32,7 @@ class PackedRuns:
     def __init__(self, configs: Sequence[RunConfig], device: jax.Device | None = None):
         """Raises ConfigError where the configs are not of one program."""
         check_packable(configs)
-        self.config = configs[0]
+        self.config, self.count = configs[0], len(configs)
         self.device = device or jax.devices()[0]
         self._options = compiler_options(self.device.platform, deterministic=self.config.compute.deterministic)
         seeds = np.array([config.train.seed for config in configs], np.uint32)
@@ -75,15 +73,11 @@ class PackedRuns:
 def check_packable(configs: Sequence[RunConfig]) -> None:
     """Raises ConfigError, naming the field, where the configs differ in more than MAY_DIFFER, or need a mesh."""
     require(len(configs) > 0, "there is no run to pack")
-    first = flatten(configs[0])
     for config in configs[1:]:
-        other = [f"{key}: {first[key]!r} and {value!r}" for key, value in flatten(config).items()
-                 if value != first[key] and key not in MAY_DIFFER]
+        other = packing_difference(configs[0], config)
         require(not other, f"packed runs may differ in {' and '.join(MAY_DIFFER)} alone, not in {'; '.join(other[:3])}")
     require(configs[0].model.num_experts == 0, "packed runs have no experts: set model.num_experts=0, or do not pack")
-    mesh = dataclasses.replace(configs[0].mesh, fsdp=1)
-    if any(size != 1 for size in dataclasses.astuple(mesh)) or configs[0].mesh.fsdp not in (1, "rest"):
-        raise ConfigError("packed runs use one device: leave every axis of mesh at 1")
+    require(on_one_device(configs[0]), "packed runs use one device: leave every axis of mesh at 1")
 
 
 def stacked(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

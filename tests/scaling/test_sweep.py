@@ -15,7 +15,7 @@ from maxlm.config import CheckpointConfig, ModelConfig, RunConfig, ScheduleConfi
 from maxlm.scaling.cost import Device
 from maxlm.scaling.grid import Sweep, trials
 from maxlm.scaling.launcher import LocalLauncher
-from maxlm.scaling.sweep import SweepFolder
+from maxlm.scaling.sweep import SweepFolder, metrics
 from maxlm.schema import to_dict
 from tests.training.runs import command, prepared, start, write_config
 
@@ -108,6 +108,28 @@ def test_the_plan_names_every_run_and_refuses_what_cannot_fit(folder):
     assert code == 2 and "run large needs about" in error
     code, _, error = command(["sweep", folder / "sweep.py", "--out", folder / "none", "--launcher", "slurm"])
     assert code == 2 and "--launcher slurm is not built yet" in error and not (folder / "none").exists()
+
+
+def test_packed_runs_end_like_runs_alone(folder):
+    """Three of one program in one process, one that is not, and the first of them again by itself."""
+    out = folder / "packed"
+    (folder / "grid.py").write_text(SWEEP.split("def sweep")[0] + """
+def sweep():
+    points = [{"name": "a"}, {"name": "b", "optimizer.learning_rate": 3e-3}, {"name": "c", "train.seed": 1},
+              {"name": "other", "train.num_steps": 4}]
+    return Sweep(trials(BASE, points))
+""")
+    code, _, error = command(["sweep", folder / "grid.py", "--out", out, "--packed", "8"])
+    assert code == 0, error
+    found = rows(out)
+    assert found.keys() == {"a", "b", "c", "other"} and len({row["loss"] for row in found.values()}) == 4
+    assert not (out / "runs/a/checkpoints").exists() and (out / "runs/other/checkpoints").exists()
+    code, _, error = command(["train", out / "configs/c.json", "--run-dir", folder / "alone"])
+    assert code == 0, error
+    packed, alone = (metrics(run) for run in (out / "runs/c", folder / "alone"))
+    for key in ("loss", "eval_loss", "eval_bits_per_byte", "learning_rate", "grad_norm", "tokens"):
+        values = [[row[key] for row in table if key in row] for table in (packed, alone)]
+        assert len(values[0]) >= 2 and values[0] == pytest.approx(values[1], rel=2e-4), key
 
 
 @pytest.mark.slow
