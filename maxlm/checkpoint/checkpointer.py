@@ -54,7 +54,7 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None. Waits for a save in progress."""
         self.wait()
-        return max(self._steps, default=None)
+        return self.newest_known
 
     @property
     def newest_known(self) -> int | None:
