@@ -5,7 +5,8 @@
     maxlm fit sweeps/h200/runs.jsonl --law chinchilla --out sweeps/h200/fit
     maxlm forecast seal sweeps/h200/runs.jsonl --law chinchilla --config configs/sweeps/isoflop_h200_target.py \
         --out sweeps/h200/forecast
-    maxlm train configs/sweeps/isoflop_h200_target.py --run-dir sweeps/h200/target --set data.path=sweeps/h200/data/...
+    maxlm train configs/sweeps/isoflop_h200_target.py --run-dir sweeps/h200/target \
+        --set data.source=none --set data.path=sweeps/h200/data/installed-packages-...
     maxlm forecast score sweeps/h200/forecast --run-dir sweeps/h200/target
 
 Hardware: one H200, four runs at a time. Budgets lie four apart and each takes five of eight shapes, so that shapes are

@@ -1,6 +1,7 @@
 """The run that the forecast of isoflop_h200.py is about: four times its largest budget.
 
-    maxlm train configs/sweeps/isoflop_h200_target.py --run-dir sweeps/h200/target --set data.path=sweeps/h200/data/...
+    maxlm train configs/sweeps/isoflop_h200_target.py --run-dir sweeps/h200/target \
+        --set data.source=none --set data.path=sweeps/h200/data/installed-packages-...
 
 Hardware: one H200. Reaches: what `maxlm forecast seal` said before it started, or not: docs/SCALING.md.
 """

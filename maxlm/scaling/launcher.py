@@ -28,7 +28,7 @@ from maxlm.schema import ConfigError
 
 MISTAKE, UNSAFE, RESTART = 2, 3, 75  # exit codes of `maxlm train`; others are crashes
 RETRIES, RESTARTS = 2, 20  # of a crash, and where the run itself asks to be started again
-LOOK_SECONDS, SHOW_SECONDS = 0.1, 1.0
+LOOK_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
@@ -134,22 +134,27 @@ class LocalLauncher:
         job.devices = distinct[:needed]
         for number in job.devices:
             free.remove(number)
-        job.mates = self._mates(job, jobs)
+        job.mates = self._mates(folder, job, jobs)
         job.process = self._spawn(folder, job)
         for started in (job, *job.mates):
             started.state, started.starts = RUNNING, started.starts + 1
             table.event(started)
         return None
 
-    def _mates(self, job: Job, jobs: dict[str, Job]) -> list[Job]:
+    def _mates(self, folder: SweepFolder, job: Job, jobs: dict[str, Job]) -> list[Job]:
         """Other waiting trials that one program can train with `job`'s. Packs keep no checkpoints, so neither trunks
         nor branches are in one, nor what was begun alone."""
         trunks = {other.trial.branch_of for other in jobs.values()}
-        alone = lambda one: one.trial.branch_of is not None or one.trial.name in trunks  # noqa: E731
-        if self.packed == 1 or alone(job) or not on_one_device(job.trial.config) or job.trial.config.model.num_experts:
+        config = job.trial.config
+
+        def alone(one: Job) -> bool:
+            begun = (folder.run_dir(one.trial) / "checkpoints").exists()
+            return begun or one.trial.branch_of is not None or one.trial.name in trunks
+
+        if self.packed == 1 or alone(job) or not on_one_device(config) or config.model.num_experts:
             return []
         fit = [other for other in jobs.values() if other is not job and other.state == WAITING and not alone(other)
-               and not packing_difference(job.trial.config, other.trial.config)]
+               and not packing_difference(config, other.trial.config)]
         return fit[: self.packed - 1]
 
     def _spawn(self, folder: SweepFolder, job: Job) -> subprocess.Popen:

@@ -102,8 +102,13 @@ def _verdict(jobs: dict, rows: int, out: Path) -> int:
     failed = [job for job in jobs.values() if job.state == "failed"]
     left = sum(job.state == "stopped" for job in jobs.values())
     print(f"{rows} results in {out / 'runs.jsonl'}" + (f"; {left} runs left, the same command goes on" if left else ""))
+    trunks = {job.trial.branch_of for job in jobs.values()}
+    lost = sum(job.state == "done" and name not in trunks for name, job in jobs.items()) - rows
+    if lost:
+        print(f"maxlm: {lost} finished runs have no held-out loss: prepare data with --heldout-fraction, and give "
+              "another --out", file=sys.stderr)
     if not failed:
-        return 0
+        return MISTAKE if lost else 0
     first = failed[0]
     print(f"maxlm: {len(failed)} of {len(jobs)} runs failed, first {first.trial.name}: {first.reason} (its log: "
           f"{out / 'logs' / first.trial.name}.log)", file=sys.stderr)
