@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from maxlm.config.model import ModelConfig
+from maxlm.config.model import MoEConfig as MoEConfig
 from maxlm.config.model import ParametrizationConfig as ParametrizationConfig
 from maxlm.config.model import RopeConfig as RopeConfig
 from maxlm.config.resilience import ResilienceConfig

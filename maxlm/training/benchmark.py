@@ -16,7 +16,7 @@ import numpy as np
 
 from maxlm import __version__
 from maxlm.config import RunConfig
-from maxlm.flops import training_flops_per_token_full_attention
+from maxlm.flops import parameter_count, training_flops_per_token_full_attention
 from maxlm.parallel.mesh import check_divisible, make_mesh
 from maxlm.schema import to_dict
 from maxlm.training.evaluate import local_rows, to_device
@@ -32,8 +32,9 @@ def measure(config: RunConfig, *, steps: int = 20, warmup: int = 3, documents: i
 
     Each row of a batch holds `documents` equal documents. A step is timed from the arrival of the loss before it to
     that of its own, with the next one queued. tokens/s/chip counts every position; mfu is against the chip's dense
-    peak for the recipe's precision, in the convention of flops.training_flops_per_token (causal), and null for a chip
-    that is not known.
+    peak for the recipe's precision, in the convention of flops.training_flops_per_token (causal; of experts, those that
+    a token takes), and null for a chip that is not known. dropped_choices: of the last timed step, where there are
+    experts.
     """
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, config.model, config.train)
@@ -53,7 +54,8 @@ def measure(config: RunConfig, *, steps: int = 20, warmup: int = 3, documents: i
                 seconds.append(time.perf_counter() - clock)
                 clock = time.perf_counter()
             before = metrics
-    return _record(config, mesh, step, seconds[warmup:], losses, compile_seconds, documents)
+        dropped = None if metrics.load is None else float(metrics.load.dropped.sum())
+    return _record(config, mesh, step, seconds[warmup:], losses, compile_seconds, documents, dropped)
 
 
 def synthetic_batch(config: RunConfig, seed: int, documents: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
@@ -71,8 +73,11 @@ def synthetic_batch(config: RunConfig, seed: int, documents: int, rows: Sequence
     return {name: np.ascontiguousarray(a[list(rows)], dtype=np.int32) for name, a in whole.items()}
 
 
-def _record(config, mesh, step, seconds, losses, compile_seconds, documents) -> dict[str, Any]:
+def _record(config, mesh, step, seconds, losses, compile_seconds, documents, dropped) -> dict[str, Any]:
     device, train, throughput = mesh.devices.flat[0], config.train, Throughput(config, mesh)
+    count, kernels = parameter_count(config.model), kernels_of(config, device)[0]
+    experts = {"grouped_matmul": kernels.grouped_matmul, "expert_exchange": kernels.exchange,
+               "dropped_choices": dropped} if config.model.num_experts else {}
     median = statistics.median(seconds)
     mfu = throughput.mfu(median)
     full = training_flops_per_token_full_attention(config.model, train.seq_len) / throughput.flops_per_token
@@ -88,12 +93,15 @@ def _record(config, mesh, step, seconds, losses, compile_seconds, documents) -> 
         "step_seconds": {"median": median, "min": min(seconds), "max": max(seconds), "count": len(seconds)},
         "compile_seconds": compile_seconds,
         "bytes_per_chip": memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None,
-        "attention": kernels_of(config, device)[0].attention,
+        "parameters": count.total,
+        "active_parameters": count.active,
+        "attention": kernels.attention,
+        **experts,
         "documents_per_row": documents,
         "loss_first_last": [losses[0], losses[-1]],
         "config": to_dict(config),
         "versions": {"maxlm": __version__} | {name: _version(name) for name in PACKAGES},
-        "commit": _commit(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -105,7 +113,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, '+' where it has changes. MAXLM_COMMIT says it for a copy without its history, as sent to
     another machine; else None outside a checkout."""
     if os.environ.get("MAXLM_COMMIT"):
@@ -124,8 +132,10 @@ def _commit() -> str | None:
 def summary(record: dict[str, Any]) -> str:
     """One line for people."""
     seconds = record["step_seconds"]
-    mfu = "unknown chip, no MFU" if record["mfu"] is None else (
-        f"MFU {record['mfu']:.1%} (causal attention; {record['mfu_full_attention_convention']:.1%} if it counted whole)"
+    name = "MFU" if record["active_parameters"] == record["parameters"] else (
+        f"active-parameter MFU (of {record['active_parameters'] / 1e9:.2f}B in {record['parameters'] / 1e9:.2f}B)")
+    mfu = f"unknown chip, no {name}" if record["mfu"] is None else (
+        f"{name} {record['mfu']:.1%} (causal attention; {record['mfu_full_attention_convention']:.1%} if it counted whole)"
     )
     return (
         f"{record['device_kind']} x{record['devices']}: {record['tokens_per_second_per_chip']:,.0f} tokens/s/chip, "

@@ -33,6 +33,7 @@ from maxlm.schema import ConfigError, from_dict, to_dict
 from maxlm.training.anomalies import StepAnomalies
 from maxlm.training.corruption import CorruptionCheck
 from maxlm.training.evaluate import Evaluation, local_rows, make_evaluator, to_device
+from maxlm.training.expert_load import RouterFigures, plot_expert_load
 from maxlm.training.metrics import MetricsWriter, plot_loss
 from maxlm.training.progress import Progress
 from maxlm.training.saved_run import CONFIG_FILE, DATA, TOKENIZER, TOKENIZER_CONFIG
@@ -76,7 +77,7 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
             if leader:  # prepares data.source on first use; the others wait here, and then find it prepared
                 datasets_of(config.data, config.train.seq_len, run_dir / DATA)
         held.enter_context(jax.set_mesh(mesh))
-        say = _print if leader else _nothing
+        say = _print if leader else lambda text: None
         say(kernels)
         if mesh.devices.flat[0].platform == "gpu":
             say("a GPU adds in no fixed order: a resumed run ends alike up to rounding, not bit for bit")
@@ -127,6 +128,7 @@ class _Run:
         self.rows = local_rows(mesh, config.train.global_batch_size)
         self.watchdog, self.leader = watchdog, jax.process_index() == 0
         self.throughput = Throughput(config, mesh)
+        self.routers = RouterFigures(config, lambda text: self.progress.line(text))
         self.anomalies = StepAnomalies(config, run_dir, checkpointer.latest_step,
                                        lambda text: self.progress.line(text))
 
@@ -185,6 +187,7 @@ class _Run:
             if self.writer:
                 self.writer.close()
                 plot_loss(self.run_dir)
+                plot_expert_load(self.run_dir)
 
     def _state(self, strict: bool) -> tuple[TrainState, int, dict[str, Any]]:
         """(state, its step, what was saved with it): the newest good checkpoint's, or fresh."""
@@ -301,6 +304,7 @@ class _Run:
         if spike := self.anomalies.finished(step, metrics):
             return spike
         self.progress.advance(step)
+        self.routers.finished(step, metrics.load)
         every, last = self.config.logging.every_steps, self.config.train.num_steps
         if step % every and step != last:
             return None
@@ -311,7 +315,7 @@ class _Run:
             "step": step, "tokens": self.tokens, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm,
             "update_norm": update_norm, "step_seconds": seconds, "mfu": self.throughput.mfu(seconds),
             "tokens_per_second_per_chip": self.throughput.tokens_per_second_per_chip(seconds),
-            **self.anomalies.counts,
+            **self.anomalies.counts, **self.routers.figures(),
         }
         if self.writer:
             self.writer.write(row)
@@ -392,7 +396,3 @@ def _check_vocabulary(config: RunConfig, data: TrainingData) -> None:
 
 def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _nothing(text: str) -> None:
-    pass

@@ -18,7 +18,7 @@ from maxlm.model.moe.balance import balanced
 from maxlm.model.moe.load import Load
 from maxlm.parallel.sharding import ACTIVATION, batch_sharding, has_mesh, spec
 from maxlm.training.digest import tree_digest
-from maxlm.training.loss import Batch, summed_loss, token_count
+from maxlm.training.loss import Batch, real_tokens, router_loss, summed_loss, token_count
 from maxlm.training.optimizer import updates_made
 from maxlm.training.schedule import make_schedule
 from maxlm.training.state import TrainState, abstract_state, optimizer_of
@@ -50,12 +50,13 @@ def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTran
     it is made, inside the optimizer's own pass over the state: no host is asked and nothing is copied.
     seed: of what is random in a step, together with its number; None: nothing is.
     """
-    tokens = token_count(batch)
+    tokens, real = token_count(batch), real_tokens(batch)
 
     def objective(params: Any, part: Batch, key: jax.Array | None) -> tuple[jax.Array, Any]:
         sums, load = summed_loss(params, part, z_loss=z_loss, chunks=chunks, key=key)
-        load = jax.tree.map(lambda a: a * (token_count(part) / jnp.maximum(tokens, 1)), load)
-        return sums.loss / jnp.maximum(tokens, 1), (sums.nll / jnp.maximum(tokens, 1), load)
+        load = None if load is None else load.weighted(real_tokens(part) / jnp.maximum(real, 1))
+        loss = sums.loss / jnp.maximum(tokens, 1) + router_loss(load, params.config.moe)
+        return loss, (sums.nll / jnp.maximum(tokens, 1), load)
 
     gradient = jax.value_and_grad(objective, has_aux=True)
     key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
@@ -71,7 +72,7 @@ def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTran
         lambda new, old: jax.lax.select(good, new, old), (params, opt_state), (state.params, state.opt_state)
     )
     if load is not None:
-        params = balanced(params, load.share_E, good)
+        params = balanced(params, load.chosen_E, good)
     metrics = StepMetrics(
         loss=loss,
         grad_norm=grad_norm,

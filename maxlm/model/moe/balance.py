@@ -12,13 +12,14 @@ from flax import nnx
 from maxlm.model.transformer import Transformer
 
 
-def balanced(model: Transformer, share_LE: jax.Array, good: jax.Array) -> Transformer:
-    """The model with its selection biases moved by `bias_rate`, up for experts below the mean share and down above it;
-    unchanged where it has none or `good` is False. share_LE: of the sparse layers, as `Load` has it."""
+def balanced(model: Transformer, chosen_LE: jax.Array, good: jax.Array) -> Transformer:
+    """The model with its selection biases moved by `bias_rate`, up for experts below the mean load and down above it;
+    unchanged where it has none or `good` is False. chosen_LE: of the sparse layers, as `Load` has it: counts, so that
+    an expert with just the mean stays where it is however the batch was cut up."""
     rate, places = model.config.moe.bias_rate, len(model.config.layer_pattern)
     if not rate:
         return model
-    move_LE = jnp.where(good, rate * jnp.sign(jnp.mean(share_LE, axis=1, keepdims=True) - share_LE), 0.0)
+    move_LE = jnp.where(good, rate * jnp.sign(jnp.mean(chosen_LE, axis=1, keepdims=True) - chosen_LE), 0.0)
 
     def moved(path, leaf):
         if not isinstance(leaf, nnx.Param) or "selection_bias" not in jax.tree_util.keystr(path):

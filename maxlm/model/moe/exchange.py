@@ -160,7 +160,7 @@ def _back(rows: jax.Array, paths: _Paths, sizes: tuple[int, int]) -> jax.Array:
 
 
 def _move(rows, size, start, length, to, received):
-    empty = jax.lax.pcast(jnp.zeros((size, *rows.shape[1:]), rows.dtype), tuple(jax.typeof(rows).vma), to="varying")
+    empty = jax.lax.full_like(rows, 0, shape=(size, *rows.shape[1:]))
     return jax.lax.ragged_all_to_all(rows, empty, start, length, to, received, axis_name=AXIS)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -14,18 +13,22 @@ from maxlm.parallel.sharding import BATCH
 
 
 class Load(NamedTuple):
-    """Float32, over all devices; means over a batch's real tokens (padding left out).
+    """Float32, over all devices and a batch's real tokens (padding left out).
 
-    share_E: part of the choices that went to each expert (they sum to 1). balance: E * sum(share * mean score), 1 where
-    both are even. z: mean square of the logits' logsumexp. dropped: part of all choices, padding's included, for which
-    there was no room. logit: root mean square of the logits.
+    chosen_E: how many choices went to each expert; dropped: how many, padding's included, found no room. Means:
+    balance: E * sum(share of choices * mean score), 1 where both are even. z: square of the logits' logsumexp. logit:
+    root mean square of the logits.
     """
 
-    share_E: jax.Array
+    chosen_E: jax.Array
+    dropped: jax.Array
     balance: jax.Array
     z: jax.Array
-    dropped: jax.Array
     logit: jax.Array
+
+    def weighted(self, weight: jax.Array) -> Load:
+        """What this adds to the load of several batches, of which it has `weight` of the tokens."""
+        return self._replace(balance=weight * self.balance, z=weight * self.z, logit=weight * self.logit)
 
 
 def measure_load(choice: Choice, logits_NE: jax.Array, real_N: jax.Array, dropped: jax.Array, length: int,
@@ -38,9 +41,9 @@ def measure_load(choice: Choice, logits_NE: jax.Array, real_N: jax.Array, droppe
     hit_NE = jnp.where(real_N[:, None], hit_NE, 0.0)
     score_NE = jnp.where(real_N[:, None], choice.score_NE / jnp.sum(choice.score_NE, axis=-1, keepdims=True), 0.0)
     count = jnp.maximum(total(jnp.sum(real_N, dtype=jnp.float32)), 1.0)
-    share_E = total(jnp.sum(hit_NE, axis=0)) / (count * K)
+    chosen_E = total(jnp.sum(hit_NE, axis=0))
     if model.moe.balance_over == "batch":
-        balance = E * jnp.sum(share_E * total(jnp.sum(score_NE, axis=0)) / count)
+        balance = E * jnp.sum(chosen_E / (count * K) * total(jnp.sum(score_NE, axis=0)) / count)
     else:  # each row of the batch by itself, weighted by its tokens
         hit_BE, score_BE = (jnp.sum(a.reshape(-1, length, E), axis=1) for a in (hit_NE, score_NE))
         tokens_B = jnp.maximum(jnp.sum(real_N.reshape(-1, length), axis=1, dtype=jnp.float32), 1.0)
@@ -48,5 +51,4 @@ def measure_load(choice: Choice, logits_NE: jax.Array, real_N: jax.Array, droppe
     square_N = jnp.square(jax.nn.logsumexp(logits_NE, axis=-1))
     scale_N = jnp.mean(jnp.square(logits_NE), axis=-1)
     z, scale = (total(jnp.sum(jnp.where(real_N, a, 0.0))) / count for a in (square_N, scale_N))
-    choices = choice.expert_NK.size * (math.prod(jax.lax.axis_size(axis) for axis in BATCH) if sharded else 1)
-    return Load(share_E, balance, z, total(dropped) / choices, jnp.sqrt(scale))
+    return Load(chosen_E, total(dropped), balance, z, jnp.sqrt(scale))

@@ -1,0 +1,40 @@
+"""The quickstart with experts: 16 in each layer, of which a token takes 2. Balanced by a bias, with no auxiliary loss.
+
+    maxlm train configs/moe_tiny.py --run-dir runs/moe_tiny
+
+Hardware: any laptop; sized for 2 CPU cores.
+"""
+
+from maxlm.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    EvalConfig,
+    LoggingConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+
+def config() -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=4, hidden_dim=192, num_heads=4, num_kv_heads=4, head_dim=48, mlp_dim=512, vocab_size=4096,
+            qk_norm=True, num_experts=16, experts_per_token=2, expert_dim=256,
+            moe=MoEConfig(scores="sigmoid", bias_rate=0.02),
+        ),
+        data=DataConfig(source="python-stdlib", tokenizer="bpe:4096", heldout_fraction=0.02),
+        train=TrainConfig(num_steps=400, global_batch_size=16, seq_len=128),
+        optimizer=OptimizerConfig(learning_rate=3e-3, b2=0.99),
+        schedule=ScheduleConfig(name="linear", warmup_steps=20, final_fraction=0.0),
+        precision=PrecisionConfig(recipe="float32"),
+        compute=ComputeConfig(layer_unroll="all"),
+        checkpoint=CheckpointConfig(every_steps=200),
+        eval=EvalConfig(every_steps=0, num_batches=0),
+        logging=LoggingConfig(every_steps=20, sample_prompt="def read_lines(path):"),
+    )
