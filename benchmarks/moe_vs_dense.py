@@ -15,8 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
 from maxlm.config import MoEConfig, RunConfig
 from maxlm.flops import parameter_count, training_flops_per_token
@@ -24,7 +23,7 @@ from maxlm.overrides import load_config
 from maxlm.training.benchmark import commit
 from maxlm.training.metrics import read_rows
 
-CONFIG = ROOT / "configs" / "moe_tiny.py"
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "moe_tiny.py"
 
 
 def dense_twin(config: RunConfig) -> RunConfig:

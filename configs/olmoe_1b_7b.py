@@ -11,8 +11,8 @@ experts (1, 2, 4, ... 64), `mesh.fsdp` takes the devices left.
 How long: the paper's 5.1 trillion tokens are 1.2 million steps; twenty tokens an active parameter are 6,300.
 Reaches: not measured yet. docs/MOE.md has the speed of its layer on an H200.
 
-Sources: arXiv:2409.02060, table 1 (router and losses), appendix B (shape, AdamW, schedule). It routes by softmax without
-normalising the weights, keeps load even by a loss over the batch, and drops no token.
+Sources: arXiv:2409.02060, table 1 (router and losses), appendix B (shape, AdamW, schedule). It routes by softmax
+without normalising the weights, keeps load even by a loss over the batch, and drops no token.
 """
 
 from maxlm.config import (

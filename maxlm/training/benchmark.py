@@ -135,7 +135,8 @@ def summary(record: dict[str, Any]) -> str:
     name = "MFU" if record["active_parameters"] == record["parameters"] else (
         f"active-parameter MFU (of {record['active_parameters'] / 1e9:.2f}B in {record['parameters'] / 1e9:.2f}B)")
     mfu = f"unknown chip, no {name}" if record["mfu"] is None else (
-        f"{name} {record['mfu']:.1%} (causal attention; {record['mfu_full_attention_convention']:.1%} if it counted whole)"
+        f"{name} {record['mfu']:.1%} (causal attention; {record['mfu_full_attention_convention']:.1%} if it counted "
+        "whole)"
     )
     return (
         f"{record['device_kind']} x{record['devices']}: {record['tokens_per_second_per_chip']:,.0f} tokens/s/chip, "

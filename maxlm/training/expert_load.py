@@ -53,7 +53,8 @@ class RouterFigures:
         balance_L, z_L, logit_L = (total / len(self._loads) for total in (balance_L, z_L, logit_L))
         self._loads = []
         share_LE = chosen_LE / np.maximum(chosen_LE.sum(axis=1, keepdims=True), 1)
-        entropy_L = -np.sum(share_LE * np.log(np.maximum(share_LE, 1e-30)), axis=1) / math.log(max(self._num_experts, 2))
+        logs_LE = np.log(np.maximum(share_LE, 1e-30)) / math.log(max(self._num_experts, 2))
+        entropy_L = -np.sum(share_LE * logs_LE, axis=1)
         most_L, dead_L = share_LE.max(axis=1) * self._num_experts, (share_LE == 0).sum(axis=1)
         by_layer = {"max_over_mean": most_L, "entropy": entropy_L, "dead": dead_L, "dropped": dropped_L,
                     "balance_loss": balance_L, "z_loss": z_L, "logit_rms": logit_L,

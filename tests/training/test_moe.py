@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.model.moe import exchange
 from maxlm.model.moe.layer import MoE
 from maxlm.parallel.mesh import make_mesh
 from maxlm.training import state as state_module

@@ -2,11 +2,11 @@
 
 Tiles are those that ran fastest on an H100 (docs/MOE.md). The kernels write no row behind the last group, so what they
 leave there is replaced by zeros, both ways: the weights' gradient multiplies the rows of a group's last tile, and
-anything times an unwritten NaN is NaN. In a `shard_map` the kernels do not say over which axes their result varies; what
-the group sizes select does.
+anything times an unwritten NaN is NaN. In a `shard_map` the kernels do not say over which axes their result varies;
+what the group sizes select does.
 
-Each product is jitted by itself so that equal ones are one kernel: Mosaic compiles a kernel of 64 groups in seconds, and
-calls lowered one by one differ in their debug locations.
+Each product is jitted by itself so that equal ones are one kernel: Mosaic compiles a kernel of 64 groups in seconds,
+and calls that are lowered one by one count as different.
 """
 
 from __future__ import annotations

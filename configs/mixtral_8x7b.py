@@ -1,0 +1,42 @@
+"""The shape of Mixtral 8x7B: 32 layers of width 4096, 8 experts of 14336 of which a token takes 2; 46.7B parameters,
+12.9B of them active.
+
+    maxlm data prepare TEXT... --out DATA --tokenizer tokenizer.json --seq-len 8192
+    maxlm train configs/mixtral_8x7b.py --run-dir SHARED/mixtral --set data.path=DATA --set mesh.expert=8
+
+Hardware: float32 parameters and AdamW moments are 560 GB: 8 H200 or more, or from 32 v5p on, with `mesh.expert=8` (or
+fewer) and `mesh.fsdp` taking the devices left; `mesh.tensor` splits the experts too, which are wide.
+How long: twenty tokens an active parameter (arXiv:2203.15556) are 258 billion, 31,000 steps.
+Reaches: not measured yet; none of these meshes has been run by us.
+
+Sources: arXiv:2401.04088, table 1 for the shape, section 2.1 for the router: softmax over the chosen two. How it was
+trained is not published: the balance loss is the default of the released code (0.02), the rest is Llama 2 70B's
+(arXiv:2307.09288, section 2.2).
+"""
+
+from maxlm.config import (
+    CheckpointConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RematConfig,
+    RopeConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+
+def config() -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=32, hidden_dim=4096, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
+            vocab_size=32_000, tie_embeddings=False, rope=RopeConfig(theta=1_000_000.0),
+            num_experts=8, experts_per_token=2, expert_dim=14_336, moe=MoEConfig(balance_loss=0.02),
+        ),
+        train=TrainConfig(num_steps=31_000, global_batch_size=1024, seq_len=8192),
+        optimizer=OptimizerConfig(learning_rate=1.5e-4, eps=1e-5),
+        schedule=ScheduleConfig(name="cosine", warmup_steps=2000, final_fraction=0.1),
+        remat=RematConfig(policy="full"),
+        checkpoint=CheckpointConfig(every_steps=250, keep_last=2, keep_every=5000),
+    )
