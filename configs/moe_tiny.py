@@ -1,8 +1,9 @@
-"""The quickstart with experts: 16 in each layer, of which a token takes 2. Balanced by a bias, with no auxiliary loss.
+"""The quickstart with experts: 8 in each layer, of which a token takes 2. Balanced by a bias, with no auxiliary loss.
 
     maxlm train configs/moe_tiny.py --run-dir runs/moe_tiny
 
 Hardware: any laptop; sized for 2 CPU cores.
+Reaches: docs/MOE.md has it beside the dense model with the same active parameters.
 """
 
 from maxlm.config import (
@@ -25,12 +26,12 @@ def config() -> RunConfig:
     return RunConfig(
         model=ModelConfig(
             num_layers=4, hidden_dim=192, num_heads=4, num_kv_heads=4, head_dim=48, mlp_dim=512, vocab_size=4096,
-            qk_norm=True, num_experts=16, experts_per_token=2, expert_dim=256,
+            qk_norm=True, num_experts=8, experts_per_token=2, expert_dim=256,
             moe=MoEConfig(scores="sigmoid", bias_rate=0.02),
         ),
         data=DataConfig(source="python-stdlib", tokenizer="bpe:4096", heldout_fraction=0.02),
         train=TrainConfig(num_steps=400, global_batch_size=16, seq_len=128),
-        optimizer=OptimizerConfig(learning_rate=3e-3, b2=0.99),
+        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, b2=0.99, muon_momentum=0.9),
         schedule=ScheduleConfig(name="linear", warmup_steps=20, final_fraction=0.0),
         precision=PrecisionConfig(recipe="float32"),
         compute=ComputeConfig(layer_unroll="all"),

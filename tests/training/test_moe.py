@@ -115,7 +115,8 @@ def test_the_ragged_exchange_trains_like_the_dense_loop(router, mesh, ragged):
 @pytest.mark.slow
 def test_microbatches_add_up_to_the_batch():
     """The reference sees the batch whole; balance over each sequence is the same either way."""
-    assert compare("deepseek", 8, mesh=dict(expert=4, fsdp=2), train=dict(grad_accumulation=2)) < ROUNDING
+    assert compare("deepseek", 4, mesh=dict(expert=2, data=2),
+                   train=dict(grad_accumulation=2, z_loss=0.0)) < ROUNDING
 
 
 @pytest.mark.parametrize(("router", "change"), [

@@ -15,6 +15,7 @@ Dims: N tokens of this device, K choices a token, D width, R rows, E experts, L 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -58,8 +59,8 @@ class Room:
 
 def stay(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, serve: Serve, room: Room,
          num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """All experts are here."""
-    plan = room.plan(expert_NK, num_experts, expert_NK.size)
+    """All experts are here, and so is what they can be asked for."""
+    plan = dataclasses.replace(room, buffer_factor=0.0).plan(expert_NK, num_experts, expert_NK.size)
     return _served(x_ND, weight_NK, serve, plan), _count(unplaced(plan))
 
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+BLOCK = 256  # choices counted at once: sums of fewer ones are exact in any arithmetic
+
 
 class Plan(NamedTuple):
     """A placement of N x K choices in R rows.
@@ -35,20 +37,32 @@ def grouped_plan(expert_NK: jax.Array, num_experts: int, num_rows: int, multiple
     Each expert's rows start at a multiple of `multiple` (a kernel's block). With `num_rows` from `rows_needed` every
     choice finds its place; with fewer, the last ones do not and say so in row_NK.
     """
-    N, K = expert_NK.shape
-    expert_C = expert_NK.reshape(-1)
-    inside_C = (expert_C >= 0) & (expert_C < num_experts)
-    expert_C = jnp.where(inside_C, expert_C, num_experts)
-    count_E = jnp.sum(expert_C[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
+    rank_NK, count_E = _ranks(expert_NK, num_experts)
     sizes_E = -(-count_E // multiple) * multiple
-    start_E, first_E = (jnp.cumsum(a) - a for a in (sizes_E, count_E))  # in the buffer, and among the sorted choices
-    order_C = jnp.argsort(expert_C).astype(jnp.int32)  # stable: an expert's choices stay in order of tokens
-    sorted_C = jnp.minimum(expert_C[order_C], num_experts - 1)
-    row_C = start_E[sorted_C] + jnp.arange(N * K, dtype=jnp.int32) - first_E[sorted_C]
-    row_C = jnp.where(inside_C[order_C], row_C, num_rows)
-    place_C = jnp.argsort(order_C)  # where each choice stands among the sorted
-    row_NK = row_C[place_C].reshape(N, K)
-    return Plan(_choices(row_NK, num_rows), jnp.minimum(row_NK, num_rows), _fit(sizes_E, num_rows))
+    start_E = jnp.cumsum(sizes_E) - sizes_E
+    row_NK = start_E[jnp.clip(expert_NK, 0, num_experts - 1)] + rank_NK
+    row_NK = jnp.where(_inside(expert_NK, num_experts), jnp.minimum(row_NK, num_rows), num_rows)
+    return Plan(_choices(row_NK, num_rows), row_NK, _fit(sizes_E, num_rows))
+
+
+def _inside(expert_NK: jax.Array, num_experts: int) -> jax.Array:
+    return (expert_NK >= 0) & (expert_NK < num_experts)
+
+
+def _ranks(expert_NK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """How many earlier choices went to the same expert, int32 [N, K], and how many went to each in all.
+
+    Counted in blocks, by a product with a triangle of ones: compilers for TPUs take minutes over a long sort.
+    """
+    blocks = -(-expert_NK.size // BLOCK)
+    expert_C = jnp.pad(expert_NK.reshape(-1), (0, blocks * BLOCK - expert_NK.size), constant_values=-1)
+    one_bSE = expert_C.reshape(blocks, BLOCK, 1) == jnp.arange(num_experts)[None, None]
+    earlier_SS = jnp.tril(jnp.ones((BLOCK, BLOCK), jnp.float32), -1)
+    within_bSE = jnp.einsum("st,bte->bse", earlier_SS, one_bSE.astype(jnp.float32)).astype(jnp.int32)
+    count_bE = jnp.sum(one_bSE, axis=1, dtype=jnp.int32)
+    before_bE = jnp.cumsum(count_bE, axis=0) - count_bE
+    rank_bS = jnp.sum(jnp.where(one_bSE, within_bSE + before_bE[:, None], 0), axis=-1)
+    return rank_bS.reshape(-1)[: expert_NK.size].reshape(expert_NK.shape), jnp.sum(count_bE, axis=0)
 
 
 def rows_needed(choices: int, num_experts: int, multiple: int = 1) -> int:
@@ -62,12 +76,9 @@ def slotted_plan(expert_NK: jax.Array, num_experts: int, capacity: int, multiple
     choices of an expert beyond that, later tokens first, are not placed."""
     slot = -(-capacity // multiple) * multiple
     num_rows = num_experts * slot
-    plan = grouped_plan(expert_NK, num_experts, rows_needed(expert_NK.size, num_experts))
-    start_E = jnp.cumsum(plan.sizes_E) - plan.sizes_E
-    inside_NK = (expert_NK >= 0) & (expert_NK < num_experts)
-    expert_NK = jnp.clip(expert_NK, 0, num_experts - 1)
-    rank_NK = plan.row_NK - start_E[expert_NK]
-    row_NK = jnp.where(inside_NK & (rank_NK < capacity), expert_NK * slot + rank_NK, num_rows)
+    rank_NK, _ = _ranks(expert_NK, num_experts)
+    placed_NK = _inside(expert_NK, num_experts) & (rank_NK < capacity)
+    row_NK = jnp.where(placed_NK, expert_NK * slot + rank_NK, num_rows)
     return Plan(_choices(row_NK, num_rows), row_NK, jnp.full(num_experts, slot, jnp.int32))
 
 

@@ -1,0 +1,110 @@
+"""The sparse layer on a mesh under any imbalance, and what a buffer that is too small leaves out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from maxlm.config import MeshConfig, ModelConfig, MoEConfig
+from maxlm.model.moe.layer import MoE
+from maxlm.parallel.mesh import make_mesh
+from maxlm.parallel.sharding import BATCH, stored
+
+B, T, D, E, K = 8, 6, 16, 8, 2
+BIAS = {"even": np.zeros(E), "two experts take all": np.eye(E)[2] * 9 + np.eye(E)[5] * 9,
+        "one device has no expert of them": np.where(np.arange(E) < 6, 9.0, 0)}
+
+
+def layer(exchange="all_to_all", bias="even", **moe) -> MoE:
+    config = ModelConfig(num_layers=1, hidden_dim=D, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16,
+                         vocab_size=8, num_experts=E, experts_per_token=K, expert_dim=16, init_std=0.5,
+                         moe=MoEConfig(scores="sigmoid", bias_rate=1e-2, **moe))
+    made = MoE(config, "blocks", exchange, jnp.float32, nnx.Rngs(params=jax.random.key(0)))
+    made.selection_bias[...] = jnp.asarray(BIAS[bias], jnp.float32)
+    return made
+
+
+def inputs():
+    x, g = np.random.default_rng(0).normal(size=(2, B, T, D)).astype(np.float32)
+    return x, g, np.ones((B, T), np.int32)
+
+
+def by_token(made: MoE, x: np.ndarray) -> np.ndarray:
+    """[B, T, K, D]: what each chosen expert gives, already weighted, by the formula in numpy."""
+    logits = x @ np.asarray(made.router[...])
+    score = 1 / (1 + np.exp(-logits))
+    chosen = np.argsort(-(score + np.asarray(made.selection_bias[...])), axis=-1, kind="stable")[..., :K]
+    weight = np.take_along_axis(score, chosen, -1)
+    weight /= weight.sum(-1, keepdims=True)
+    gate, up, down = (np.asarray(getattr(made, name)[...])[chosen] for name in ("gate", "up", "down"))
+    g, u = np.einsum("btd,btkdf->btkf", x, gate), np.einsum("btd,btkdf->btkf", x, up)
+    return weight[..., None] * np.einsum("btkf,btkfd->btkd", g / (1 + np.exp(-g)) * u, down)
+
+
+def on_mesh(made: MoE, **axes):
+    """(output, load, gradients of sum(output * g) in x and all weights) on 8 devices."""
+    x, g, ids = inputs()
+    mesh = make_mesh(MeshConfig(**axes))
+    with jax.set_mesh(mesh):
+        rows = lambda a: jax.device_put(a, jax.NamedSharding(mesh, P(BATCH)))  # noqa: E731
+        made = jax.tree.map(jax.device_put, made, stored(made, mesh))
+
+        def loss(made, x):
+            out, load = made(x, rows_ids, None)
+            return jnp.sum(out * rows_g), (out, load)
+
+        rows_ids, rows_g = rows(ids), rows(g)
+        (_, (out, load)), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(made, rows(x))
+        return np.asarray(out), jax.device_get(load), [np.asarray(a) for a in jax.tree.leaves(grads)]
+
+
+@functools.cache
+def alone(bias):
+    """The gradients without a mesh, whose output is the formula's."""
+    x, g, ids = inputs()
+    made = layer(bias=bias)
+    loss = lambda made, x: (lambda out: (jnp.sum(out * g), out))(made(x, ids, None)[0])  # noqa: E731
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(made, jnp.asarray(x))
+    assert np.allclose(out, by_token(made, x).sum(2), atol=1e-4)
+    less = by_token(made, x)[:, :, 0]  # the twin: one expert less
+    assert not np.allclose(out, less, atol=1e-2)
+    return np.asarray(out), [np.asarray(a) for a in jax.tree.leaves(grads)]
+
+
+@pytest.mark.parametrize(("bias", "exchange"), [
+    ("two experts take all", "all_to_all"), ("one device has no expert of them", "all_gather"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("even", "all_to_all"), ("two experts take all", "all_gather"),
+        ("one device has no expert of them", "all_to_all")))])
+def test_any_imbalance_gives_the_right_answer(bias, exchange):
+    out, load, grads = on_mesh(layer(exchange, bias), expert=4, tensor=2)
+    wanted, wanted_grads = alone(bias)
+    assert load.dropped == 0 and load.chosen_E.sum() == B * T * K
+    if bias == "two experts take all":
+        assert load.chosen_E.tolist() == [0, 0, B * T, 0, 0, B * T, 0, 0]
+    assert np.allclose(out, wanted, atol=1e-4)
+    for a, b in zip(grads, wanted_grads, strict=True):
+        assert np.allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize(("exchange", "moe"), [
+    ("all_to_all", dict(buffer_factor=0.5)),
+    pytest.param("all_gather", dict(capacity_factor=0.25), marks=pytest.mark.slow),
+    pytest.param("all_to_all", dict(capacity_factor=0.5), marks=pytest.mark.slow)])
+def test_what_finds_no_room_is_left_out_counted_and_harms_nothing_else(exchange, moe):
+    """Every token gets the sum of those of its experts that had room, exactly as many as were not counted out."""
+    made = layer(exchange, "two experts take all", **moe)
+    out, load, grads = on_mesh(made, expert=4, fsdp=2)
+    parts = by_token(made, inputs()[0])
+    kept = 0
+    for got, (one, two) in zip(out.reshape(-1, D), parts.reshape(-1, K, D), strict=True):
+        sums = ((0, 0 * one), (1, one), (1, two), (2, one + two))
+        fits = [n for n, sum_ in sums if np.allclose(got, sum_, atol=1e-4)]
+        assert len(fits) == 1, "a token has something that is none of its experts'"
+        kept += fits[0]
+    assert 0 < load.dropped == B * T * K - kept
+    assert all(np.isfinite(a).all() for a in grads)
