@@ -4,7 +4,8 @@ A run is one `RunConfig`. `configs/*.py` build one, `--set a.b=c` edits one (ove
 resolved value is saved with the run as `config.json` and read back by `from_dict`. Every dataclass
 checks itself on construction and raises `schema.ConfigError`, a `ValueError` that names the field and the fix.
 
-The sections of the model and of resilience have files of their own (model.py, resilience.py).
+The sections of the model, of how it is computed and of resilience have files of their own (model.py, compute.py,
+resilience.py).
 Standard library only: reading a config must never start an accelerator runtime.
 """
 
@@ -14,6 +15,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from maxlm.config.compute import ComputeConfig, PrecisionConfig, RematConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.model import MoEConfig as MoEConfig
 from maxlm.config.model import ParametrizationConfig as ParametrizationConfig
@@ -198,54 +200,6 @@ AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
 
 @dataclass(frozen=True)
-class PrecisionConfig:
-    """Dtype of activations and of the operands of matrix products. Parameters and optimizer state are float32 in every
-    recipe. Products of float32 run as the backend does by default, which is TF32 on NVIDIA GPUs; under bf16 weight
-    gradients are summed over devices in bfloat16 and added to float32 masters."""
-
-    recipe: Literal["float32", "bf16"] = "bf16"
-
-    def __post_init__(self) -> None:
-        check_types(self, "precision")
-
-
-@dataclass(frozen=True)
-class RematConfig:
-    """What a layer keeps for its backward pass: all of it ('none'), its input alone ('full'), the outputs of its
-    matrix products ('dots'), or attention's and the gated MLP's products ('names')."""
-
-    policy: Literal["none", "full", "dots", "names"] = "none"
-
-    def __post_init__(self) -> None:
-        check_types(self, "remat")
-
-
-@dataclass(frozen=True)
-class ComputeConfig:
-    """How the step is computed, never what: kernels, layer loop, loss chunks, the way of tokens to their experts.
-
-    expert_exchange: along mesh.expert; 'auto' is ragged_all_to_all on TPUs and all_to_all elsewhere (docs/MOE.md).
-    layer_unroll: repeats of the layer pattern compiled into one scan iteration; 'all' unrolls the whole stack.
-    loss_chunks: pieces of the sequence whose logits exist at one time; 'auto' picks from the vocabulary.
-    deterministic: on GPUs, kernels and compilation that give the same bits every time (elsewhere they do anyway); what
-    it costs is in docs/RESILIENCE.md.
-    """
-
-    attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
-    grouped_matmul: Literal["auto", "blocks", "ragged_dot", "mosaic_gpu"] = "auto"
-    expert_exchange: Literal["auto", "all_to_all", "ragged_all_to_all", "all_gather"] = "auto"
-    deterministic: bool = False
-    layer_unroll: int | Literal["all"] = 1
-    loss_chunks: int | Literal["auto"] = "auto"
-
-    def __post_init__(self) -> None:
-        check_types(self, "compute")
-        for name in ("layer_unroll", "loss_chunks"):
-            value = getattr(self, name)
-            require(isinstance(value, str) or value > 0, f"compute.{name}={value!r} must be 1 or more")
-
-
-@dataclass(frozen=True)
 class CheckpointConfig:
     """Saves every `every_steps` and at the end. The newest `keep_last` stay, and every multiple of `keep_every`.
 
@@ -347,6 +301,13 @@ class RunConfig:
             f"model.parametrization.name={self.model.parametrization.name!r} is for optimizer.name='adamw': set it to "
             "'standard', or the optimizer to adamw",
         )
+        for name in ("plain_first_layers", "plain_last_layers"):
+            count, pattern = getattr(self.precision, name), len(self.model.layer_pattern)
+            require(
+                count <= self.model.num_layers and count % pattern == 0,
+                f"precision.{name}={count} must be a multiple of the {pattern} layers of model.layer_pattern, up to "
+                f"model.num_layers={self.model.num_layers}",
+            )
         chunks = self.compute.loss_chunks
         require(
             chunks == "auto" or self.train.seq_len % chunks == 0,

@@ -15,7 +15,8 @@ from maxlm.model.norm import RMSNorm
 from maxlm.model.parameter import matrix
 from maxlm.model.parametrization import multipliers
 from maxlm.model.rope import Rotation, rotate
-from maxlm.parallel.sharding import constrain, einsum, use
+from maxlm.numerics import Numerics
+from maxlm.parallel.sharding import constrain
 
 
 class Cache(NamedTuple):
@@ -28,7 +29,7 @@ class Cache(NamedTuple):
 class SelfAttention(nnx.Module):
     """x [B, T, D] -> [B, T, D]; causal, within a document, within `window` tokens where one is given."""
 
-    def __init__(self, config: ModelConfig, window: int | None, kernel: str, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, window: int | None, kernel: str, rngs: nnx.Rngs):
         width, kv_heads, head = config.hidden_dim, config.num_kv_heads, config.head_dim
         self.group = config.num_heads // kv_heads
         scale = multipliers(config)
@@ -46,21 +47,20 @@ class SelfAttention(nnx.Module):
         self.softcap = config.attention_softcap
         self.window = window
         self.kernel = kernel
-        self.dtype = dtype
 
-    def __call__(self, x_BTD: jax.Array, turn: Rotation, segment_ids_BT: jax.Array) -> jax.Array:
-        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, turn)
+    def __call__(self, x_BTD: jax.Array, turn: Rotation, segment_ids_BT: jax.Array, numerics: Numerics) -> jax.Array:
+        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, turn, numerics)
         out_BTHK = attention(
             q_BTHK, k_BTGK, v_BTGK, segment_ids_BT=segment_ids_BT, window=self.window, softcap=self.softcap,
             implementation=self.kernel,
         )
-        return self.merge(out_BTHK)
+        return self.merge(out_BTHK, numerics)
 
-    def project(self, x_BTD: jax.Array, turn: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BTD: jax.Array, turn: Rotation, numerics: Numerics) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, H, K] and keys [B, T, G, K], and values [B, T, G, K]."""
         group, (batch, length) = self.group, x_BTD.shape[:2]
         dims = ("batch", None, "kv_heads", None, None)
-        qkv_BTGRK = einsum("BTD,DGRK->BTGRK", x_BTD, use(self.qkv, self.dtype), dims)
+        qkv_BTGRK = numerics.attention.einsum("BTD,DGRK->BTGRK", x_BTD, self.qkv, dims)
         kv_heads, head = qkv_BTGRK.shape[2], qkv_BTGRK.shape[4]
         q_BTGRK, k_BTG1K, v_BTG1K = jnp.split(qkv_BTGRK, [group, group + 1], axis=3)
         q_BTHK = constrain(q_BTGRK.reshape(batch, length, kv_heads * group, head), ("batch", None, "heads", None))
@@ -69,12 +69,13 @@ class SelfAttention(nnx.Module):
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         return rotate(q_BTHK, turn), rotate(k_BTGK, turn), v_BTGK
 
-    def merge(self, out_BTHK: jax.Array) -> jax.Array:
-        return einsum("BTHK,HKD->BTD", out_BTHK, use(self.out, self.dtype), ("batch", None, None))
+    def merge(self, out_BTHK: jax.Array, numerics: Numerics) -> jax.Array:
+        return numerics.attention.einsum("BTHK,HKD->BTD", out_BTHK, self.out, ("batch", None, None))
 
-    def decode(self, x_BTD: jax.Array, turn: Rotation, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
+    def decode(self, x_BTD: jax.Array, turn: Rotation, cache: Cache, start: jax.Array,
+               numerics: Numerics) -> tuple[jax.Array, Cache]:
         """Attends from T new tokens at positions start.. to the cache and themselves; returns the longer cache."""
-        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, turn)
+        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, turn, numerics)
         cache = Cache(
             jax.lax.dynamic_update_slice_in_dim(cache.k, k_BTGK, start, axis=1),
             jax.lax.dynamic_update_slice_in_dim(cache.v, v_BTGK, start, axis=1),
@@ -89,5 +90,5 @@ class SelfAttention(nnx.Module):
         if self.window is not None:
             visible_TS &= key_S > query_T - self.window
         weights = jax.nn.softmax(jnp.where(visible_TS[None, None, None], scores, -jnp.inf), axis=-1)
-        out = jnp.einsum("BGRTS,BSGK->BTGRK", weights.astype(self.dtype), cache.v)
-        return self.merge(out.reshape(batch, length, heads, head)), cache
+        out = jnp.einsum("BGRTS,BSGK->BTGRK", weights.astype(numerics.dtype), cache.v)
+        return self.merge(out.reshape(batch, length, heads, head), numerics), cache

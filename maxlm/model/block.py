@@ -17,6 +17,7 @@ from maxlm.model.moe.load import Load
 from maxlm.model.norm import RMSNorm
 from maxlm.model.parametrization import multipliers
 from maxlm.model.rope import Rotation
+from maxlm.numerics import Numerics
 
 
 class Kernels(NamedTuple):
@@ -36,44 +37,45 @@ class Block(nnx.Module):
     sparse: the feed-forward sublayer is a mixture of experts, and the layer also returns what its router did.
     """
 
-    def __init__(self, config: ModelConfig, kind: str, sparse: bool, kernels: Kernels, dtype: jnp.dtype,
-                 rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, kind: str, sparse: bool, kernels: Kernels, rngs: nnx.Rngs):
         window = config.sliding_window if kind == "local" else None
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
         norm = lambda wanted: RMSNorm(config.hidden_dim, config.norm_eps) if wanted else None  # noqa: E731
         self.attention_norm, self.attention_post_norm = norm(before), norm(after)
-        self.attention = SelfAttention(config, window, kernels.attention, dtype, rngs)
+        self.attention = SelfAttention(config, window, kernels.attention, rngs)
         self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
         if sparse:
-            self.mlp = MoE(config, kernels.grouped_matmul, kernels.exchange, dtype, rngs)
+            self.mlp = MoE(config, kernels.grouped_matmul, kernels.exchange, rngs)
         else:
-            self.mlp = MLP(config, config.mlp_dim, dtype, rngs)
+            self.mlp = MLP(config, config.mlp_dim, rngs)
         self.multiplier = multipliers(config).sublayer
 
-    def __call__(self, x_BTD: jax.Array, turn: Rotation, segment_ids_BT: jax.Array,
+    def __call__(self, x_BTD: jax.Array, turn: Rotation, segment_ids_BT: jax.Array, numerics: Numerics,
                  key: jax.Array | None = None) -> tuple[jax.Array, Load | None]:
         """key: for what is random in training (the router's jitter)."""
-        return self._layer(x_BTD, lambda h: self.attention(h, turn, segment_ids_BT), segment_ids_BT, key)
+        attend = lambda h: self.attention(h, turn, segment_ids_BT, numerics)  # noqa: E731
+        return self._layer(x_BTD, attend, segment_ids_BT, numerics, key)
 
-    def decode(self, x_BTD: jax.Array, turn: Rotation, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
+    def decode(self, x_BTD: jax.Array, turn: Rotation, cache: Cache, start: jax.Array,
+               numerics: Numerics) -> tuple[jax.Array, Cache]:
         """The layer on new tokens alone, with the cache of the earlier ones; returns the longer cache."""
         longer = cache
 
         def attend(h_BTD: jax.Array) -> jax.Array:
             nonlocal longer
-            out_BTD, longer = self.attention.decode(h_BTD, turn, cache, start)
+            out_BTD, longer = self.attention.decode(h_BTD, turn, cache, start, numerics)
             return out_BTD
 
-        return self._layer(x_BTD, attend, jnp.ones(x_BTD.shape[:2], jnp.int32))[0], longer
+        return self._layer(x_BTD, attend, jnp.ones(x_BTD.shape[:2], jnp.int32), numerics)[0], longer
 
     def _layer(self, x_BTD: jax.Array, attend: Callable[[jax.Array], jax.Array], segment_ids_BT: jax.Array,
-               key: jax.Array | None = None) -> tuple[jax.Array, Load | None]:
+               numerics: Numerics, key: jax.Array | None = None) -> tuple[jax.Array, Load | None]:
         x_BTD = x_BTD + self._scaled(_normed(self.attention_post_norm, attend(_normed(self.attention_norm, x_BTD))))
         h_BTD, load = _normed(self.mlp_norm, x_BTD), None
         if isinstance(self.mlp, MoE):
-            h_BTD, load = self.mlp(h_BTD, segment_ids_BT, key)
+            h_BTD, load = self.mlp(h_BTD, segment_ids_BT, numerics, key)
         else:
-            h_BTD = self.mlp(h_BTD)
+            h_BTD = self.mlp(h_BTD, numerics)
         return x_BTD + self._scaled(_normed(self.mlp_post_norm, h_BTD)), load
 
     def _scaled(self, out_BTD: jax.Array) -> jax.Array:

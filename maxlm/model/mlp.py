@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.config import ModelConfig
 from maxlm.model.parameter import matrix
 from maxlm.model.parametrization import multipliers
-from maxlm.parallel.sharding import einsum, use
+from maxlm.numerics import Numerics
 
 ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
 
@@ -20,7 +19,7 @@ ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
 class MLP(nnx.Module):
     """x [B, T, D] -> [B, T, D], through `hidden` units."""
 
-    def __init__(self, config: ModelConfig, hidden: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, hidden: int, rngs: nnx.Rngs):
         width, scale = config.hidden_dim, multipliers(config)
         # Gate and up are apart: side by side in one matrix, their gradients would be put together from halves that
         # each read everything (1.3 against 0.7 ms a layer of llama3_2_1b on an H200).
@@ -31,16 +30,15 @@ class MLP(nnx.Module):
         self.down = matrix(rngs, (hidden, width), ("mlp", "embed"), config.init_std / scale.residual_init,
                            contracted=(0,), produced=(1,))
         self.activation = config.activation
-        self.dtype = dtype
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        activate, up_BTF = ACTIVATIONS[self.activation], self._into(self.up, x_BTD)
-        h_BTF = activate(up_BTF) if self.gate is None else gated(activate, self._into(self.gate, x_BTD), up_BTF)
-        return einsum("BTF,FD->BTD", h_BTF, use(self.down, self.dtype), ("batch", None, None))
+    def __call__(self, x_BTD: jax.Array, numerics: Numerics) -> jax.Array:
+        def into(weight: nnx.Param) -> jax.Array:
+            return checkpoint_name(product("BTD,DF->BTF", x_BTD, weight, ("batch", None, "mlp")), "mlp_up")
 
-    def _into(self, weight: nnx.Param, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = einsum("BTD,DF->BTF", x_BTD, use(weight, self.dtype), ("batch", None, "mlp"))
-        return checkpoint_name(h_BTF, "mlp_up")
+        activate, product = ACTIVATIONS[self.activation], numerics.mlp.einsum
+        up_BTF = into(self.up)
+        h_BTF = activate(up_BTF) if self.gate is None else gated(activate, into(self.gate), up_BTF)
+        return product("BTF,FD->BTD", h_BTF, self.down, ("batch", None, None))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

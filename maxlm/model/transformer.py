@@ -6,6 +6,8 @@ runs over repeats of the pattern, and can scan, unroll or partly unroll the same
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from maxlm.model.norm import RMSNorm
 from maxlm.model.parameter import matrix
 from maxlm.model.parametrization import multipliers
 from maxlm.model.rope import rotation
+from maxlm.numerics import FLOAT32, Numerics
 from maxlm.parallel.sharding import unstack, use
 
 REMAT_POLICIES = {
@@ -34,7 +37,7 @@ class Transformer(nnx.Module):
     """tokens [B, T] -> final hidden states [B, T, D]. The head's product is in the loss (kernels/cross_entropy)
     or in `logits`, so that float32 logits of a whole batch never exist."""
 
-    def __init__(self, config: ModelConfig, *, kernels: Kernels, dtype: jnp.dtype, remat: str, unroll: int | str,
+    def __init__(self, config: ModelConfig, *, kernels: Kernels, numerics: Numerics, remat: str, unroll: int | str,
                  rngs: nnx.Rngs):
         table = (config.vocab_size, config.hidden_dim)
         self.embedding = matrix(rngs, table, ("vocab", "embed"), config.init_std)
@@ -43,12 +46,12 @@ class Transformer(nnx.Module):
                 keys = jax.random.split(rngs.params(), (last - first) // len(config.layer_pattern))
                 sparse = name == "layers" and config.num_experts > 0
                 block = lambda key, kind=kind, sparse=sparse: Block(  # noqa: E731
-                    config, kind, sparse, kernels, dtype, nnx.Rngs(key))
+                    config, kind, sparse, kernels, nnx.Rngs(key))
                 setattr(self, f"{name}_{j}", jax.vmap(block)(keys))
         self.final_norm = RMSNorm(config.hidden_dim, config.norm_eps)
         self.head = None if config.tie_embeddings else matrix(rngs, table, ("vocab", "embed"), config.init_std)
         self.config = config
-        self.dtype = dtype
+        self.numerics = numerics
         self.remat = remat
         self.unroll = unroll
 
@@ -66,32 +69,47 @@ class Transformer(nnx.Module):
         (None where there are none). key: for what is random in training."""
         turn = rotation(self.config.rope, self.config.head_dim, positions_BT)
 
-        def repeat(x_BTD: jax.Array, blocks_and_keys: Any) -> tuple[jax.Array, Load | None]:
+        def repeat(numerics: Numerics, x_BTD: jax.Array, blocks_and_keys: Any) -> tuple[jax.Array, Load | None]:
             loads = []
             for block, layer_key in zip(*blocks_and_keys, strict=True):
-                x_BTD, load = block(x_BTD, turn, segment_ids_BT, layer_key)
+                x_BTD, load = block(x_BTD, turn, segment_ids_BT, numerics, layer_key)
                 loads.append(load)
             return x_BTD, _stacked(loads)
 
+        loads = []
+        for stacks, numerics, (first, last) in self._spans():
+            keys = (None,) * len(stacks) if key is None else _layer_keys(key, first, last, len(stacks))
+            x_BTD, load = self._loop(functools.partial(repeat, numerics), x_BTD, (stacks, keys))
+            if load is not None:  # [repeats, place in the pattern, ...] -> [sparse layers, ...]
+                loads.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), load))
+        return self._finished(x_BTD), jax.tree.map(lambda *a: jnp.concatenate(a), *loads) if loads else None
+
+    def _loop(self, repeat: Any, x_BTD: jax.Array, layers: Any) -> tuple[jax.Array, Load | None]:
+        """`repeat` over layers of the same numerics, with the remat policy, scanned or unrolled."""
         if self.remat != "none":
             # A loop keeps forward and backward apart by itself; without one, or in a loop of one turn, the compiler
             # would find the recomputed values in the forward pass and keep those instead.
-            scanned = self.unroll != "all" and self.unroll < self.num_repeats
+            scanned = self.unroll != "all" and self.unroll < jax.tree.leaves(layers)[0].shape[0]
             repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[self.remat], prevent_cse=not scanned)
+        if self.unroll != "all":
+            return jax.lax.scan(repeat, x_BTD, layers, unroll=self.unroll)
+        loads = []
+        for turn_of_blocks in _unstacked(layers):
+            x_BTD, load = repeat(x_BTD, turn_of_blocks)
+            loads.append(load)
+        return x_BTD, _stacked(loads)
+
+    def _spans(self) -> Iterator[tuple[tuple[Block, ...], Numerics, tuple[int, int]]]:
+        """(stacks, numerics, (first layer, the one after the last)) of each run of layers that are computed alike."""
+        pattern = len(self.config.layer_pattern)
         for name, (first, last) in self._parts(self.config).items():
             stacks = self.stacks(name)
-            keys = (None,) * len(stacks) if key is None else _layer_keys(key, first, last, len(stacks))
-            if self.unroll == "all":
-                loads = []
-                for turn_of_blocks in _unstacked((stacks, keys)):
-                    x_BTD, load = repeat(x_BTD, turn_of_blocks)
-                    loads.append(load)
-                loads = _stacked(loads)
-            else:
-                x_BTD, loads = jax.lax.scan(repeat, x_BTD, (stacks, keys), unroll=self.unroll)
-        if loads is not None:  # [repeats, place in the pattern, ...] -> [sparse layers, ...]
-            loads = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), loads)
-        return self._finished(x_BTD), loads
+            for start, stop, numerics in self.numerics.spans(first, last, self.config.num_layers):
+                if (start, stop) == (first, last):
+                    yield stacks, numerics, (start, stop)
+                else:
+                    part = slice((start - first) // pattern, (stop - first) // pattern)
+                    yield jax.tree.map(lambda a, part=part: a[part], stacks), numerics, (start, stop)
 
     def _finished(self, x_BTD: jax.Array) -> jax.Array:
         """What the head sees of the residual stream."""
@@ -105,21 +123,17 @@ class Transformer(nnx.Module):
         parts = {"dense_layers": (0, dense), "layers": (dense, config.num_layers)}
         return {name: ends for name, ends in parts.items() if ends[0] < ends[1]}
 
-    @property
-    def num_repeats(self) -> int:
-        """Repeats of the layer pattern in the longest part of the loop."""
-        return max(last - first for first, last in self._parts(self.config).values()) // len(self.config.layer_pattern)
-
     def stacks(self, part: str) -> tuple[Block, ...]:
         """The stacked blocks of each place in the layer pattern."""
         return tuple(getattr(self, f"{part}_{j}") for j in range(len(self.config.layer_pattern)))
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        return embedding_lookup(self.embedding[...], tokens_BT, self.dtype)
+        return embedding_lookup(self.embedding[...], tokens_BT, self.numerics.dtype)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states: for generation, where T is 1."""
-        logits = jnp.einsum("BTD,VD->BTV", x_BTD, use(self.head_weight, self.dtype), preferred_element_type=jnp.float32)
+        head_VD = use(self.head_weight, self.numerics.dtype)
+        logits = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return cap * jnp.tanh(logits / cap) if cap else logits
 
@@ -129,10 +143,12 @@ class Transformer(nnx.Module):
         positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
         turn = rotation(self.config.rope, self.config.head_dim, positions_BT)
 
+        plain = self.numerics.plain()
+
         def repeat(x_BTD: jax.Array, blocks_and_caches: Any) -> tuple[jax.Array, Any]:
             longer = []
             for block, layer_cache in zip(*blocks_and_caches, strict=True):
-                x_BTD, layer_cache = block.decode(x_BTD, turn, layer_cache, start)
+                x_BTD, layer_cache = block.decode(x_BTD, turn, layer_cache, start, plain)
                 longer.append(layer_cache)
             return x_BTD, tuple(longer)
 
@@ -149,9 +165,8 @@ class Transformer(nnx.Module):
         for name, (first, last) in self._parts(self.config).items():
             repeats = (last - first) // len(self.config.layer_pattern)
             shape = (repeats, batch, length, self.config.num_kv_heads, self.config.head_dim)
-            cache[name] = tuple(
-                Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in self.config.layer_pattern
-            )
+            empty = jnp.zeros(shape, self.numerics.dtype)
+            cache[name] = tuple(Cache(empty, empty) for _ in self.config.layer_pattern)
         return cache
 
 
@@ -172,6 +187,7 @@ def _layer_keys(key: jax.Array, first: int, last: int, places: int) -> tuple[jax
 
 
 def make_transformer(config: ModelConfig, key: jax.Array, *, kernels: Kernels = PLAIN,
-                     dtype: jnp.dtype = jnp.float32, remat: str = "none", unroll: int | str = 1) -> Transformer:
+                     numerics: Numerics = FLOAT32, remat: str = "none", unroll: int | str = 1) -> Transformer:
     """A freshly initialised decoder. Equal keys give equal bits on any mesh."""
-    return Transformer(config, kernels=kernels, dtype=dtype, remat=remat, unroll=unroll, rngs=nnx.Rngs(params=key))
+    return Transformer(config, kernels=kernels, numerics=numerics, remat=remat, unroll=unroll,
+                       rngs=nnx.Rngs(params=key))

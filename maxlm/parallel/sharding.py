@@ -8,7 +8,6 @@ layouts, and so is expert parallelism for the experts' own weights.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -43,35 +42,6 @@ def use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """A weight cast to `dtype` and laid out for use: gathered over `fsdp`, still split over `tensor`."""
     value = param[...].astype(dtype)
     return jax.sharding.reshard(value, spec(param.dims, COMPUTE)) if has_mesh() else value
-
-
-def einsum(subscripts: str, x: jax.Array, w: jax.Array, out: Dims) -> jax.Array:
-    """`jnp.einsum` of activations x and a weight w, whose result has logical dims `out`; where both operands are split
-    along a contracted dim, this is the sum over that mesh axis. Accumulates in float32, returns the operands' dtype."""
-    return _product(subscripts, spec(out, ACTIVATION) if has_mesh() else None, x, w)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(subscripts: str, sharding: P | None, x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, w, out_sharding=sharding)
-
-
-def _product_forward(subscripts, sharding, x, w):
-    return _product(subscripts, sharding, x, w), (x, w)
-
-
-def _product_backward(subscripts, sharding, kept, g):
-    # The weight's gradient has x on the left. Autodiff puts g there, whose product comes out as the transpose of the
-    # weight, and XLA turns it round piece by piece: a tenth of quickstart's step on a CPU.
-    (x, w), (operands, y) = kept, subscripts.split("->")
-    a, b = operands.split(",")
-    layout = [jax.typeof(v).sharding.spec if has_mesh() else None for v in kept]
-    dx = jnp.einsum(f"{y},{b}->{a}", g, w, out_sharding=layout[0])
-    dw = jnp.einsum(f"{a},{y}->{b}", x, g, out_sharding=layout[1])
-    return dx, dw
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 def shard_count() -> int:

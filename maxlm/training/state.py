@@ -11,16 +11,16 @@ import optax
 from jax.sharding import Mesh
 
 from maxlm.config import RunConfig
+from maxlm.hardware import chip_of
 from maxlm.kernels.attention import choose_attention
 from maxlm.kernels.grouped_matmul import choose_grouped_matmul
 from maxlm.model import Transformer, make_transformer
 from maxlm.model.block import Kernels
 from maxlm.model.parametrization import multipliers
+from maxlm.numerics import numerics_of
 from maxlm.parallel.sharding import stored
 from maxlm.schema import ConfigError
 from maxlm.training.optimizer import make_optimizer
-
-DTYPES = {"float32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
 
 
 @jax.tree_util.register_dataclass
@@ -36,11 +36,11 @@ class TrainState:
 def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
     """(kernels, why, in a line): those of a run on devices like `device`, which need not be attached."""
     model, compute = config.model, config.compute
-    where = {"platform": device.platform, "compute_dtype": DTYPES[config.precision.recipe].name,
+    where = {"platform": device.platform, "compute_dtype": numerics_of(config.precision).dtype.name,
              "compute_capability": getattr(device, "compute_capability", None)}
     attention, reason = choose_attention(compute.attention, head_dim=model.head_dim, seq_len=config.train.seq_len,
                                          softcap=model.attention_softcap, deterministic=compute.deterministic, **where)
-    told = f"attention: {attention}, {reason}"
+    told = f"attention: {attention}, {reason}{_fp8_units(config, device)}"
     if not model.num_experts:
         return Kernels(attention), told
     grouped, reason = choose_grouped_matmul(compute.grouped_matmul, width=model.hidden_dim,
@@ -54,10 +54,21 @@ def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
     return Kernels(attention, grouped, exchange), f"{told}; experts: {grouped}, {reason}{ways}"
 
 
+def _fp8_units(config: RunConfig, device: jax.Device) -> str:
+    """What 8-bit products run on, where the run has any."""
+    if not config.precision.recipe.startswith("fp8"):
+        return ""
+    chip = chip_of(device.device_kind)
+    if chip is None or chip.peak("fp8") is None:
+        return f"; {config.precision.recipe} products are emulated: no FP8 units are known of {device.device_kind}"
+    slow = chip.peak("fp8") <= chip.peak("bf16")
+    return f"; {config.precision.recipe} products" + (f", which {chip.name} makes no faster than bf16" if slow else "")
+
+
 def build_model(config: RunConfig, key: jax.Array, device: jax.Device) -> Transformer:
     """The model of a run with the kernels and dtype for devices like `device`."""
     return make_transformer(
-        config.model, key, kernels=kernels_of(config, device)[0], dtype=DTYPES[config.precision.recipe],
+        config.model, key, kernels=kernels_of(config, device)[0], numerics=numerics_of(config.precision),
         remat=config.remat.policy, unroll=config.compute.layer_unroll,
     )
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maxlm.config import ModelConfig
+from maxlm.config import ModelConfig, PrecisionConfig
 from maxlm.model import make_transformer
 from maxlm.model.mlp import MLP, gated
 from maxlm.model.norm import RMSNorm
+from maxlm.numerics import FLOAT32, numerics_of
 from tests.model.tiny_model import DEFAULTS, furthest, hidden, tiny_model, tokens_of
 
 
@@ -41,16 +42,16 @@ def gelu(x):
 @pytest.mark.parametrize(("activation", "curve"), [("swiglu", silu), ("geglu", gelu), ("gelu", gelu)])
 def test_feed_forward_is_the_formula(activation, curve):
     config = ModelConfig(**DEFAULTS | dict(activation=activation))
-    mlp = MLP(config, config.mlp_dim, jnp.float32, nnx.Rngs(params=jax.random.key(0)))
+    mlp = MLP(config, config.mlp_dim, nnx.Rngs(params=jax.random.key(0)))
     x = np.random.default_rng(0).normal(size=(1, 4, 16)).astype(np.float32)
     up, down = np.asarray(mlp.up[...]), np.asarray(mlp.down[...])
     if activation == "gelu":
         assert mlp.gate is None
-        assert furthest(mlp(jnp.asarray(x)), curve(x @ up) @ down) < 1e-5
+        assert furthest(mlp(jnp.asarray(x), FLOAT32), curve(x @ up) @ down) < 1e-5
         return
     gate = np.asarray(mlp.gate[...])
-    assert furthest(mlp(jnp.asarray(x)), curve(x @ gate) * (x @ up) @ down) < 1e-5
-    assert furthest(mlp(jnp.asarray(x)), curve(x @ up) * (x @ gate) @ down) > 0.1
+    assert furthest(mlp(jnp.asarray(x), FLOAT32), curve(x @ gate) * (x @ up) @ down) < 1e-5
+    assert furthest(mlp(jnp.asarray(x), FLOAT32), curve(x @ up) * (x @ gate) @ down) > 0.1
 
 
 @pytest.mark.parametrize("activate", [jax.nn.silu, jax.nn.gelu])
@@ -72,8 +73,8 @@ def test_norms_are_where_the_placement_says(placement):
     for index in range(2):
         (block,) = jax.tree.map(lambda leaf, index=index: leaf[index], model.stacks("layers"))
         for name, sublayer in (
-            ("attention", lambda h, b=block: b.attention(h, turn, jnp.ones_like(tokens))),
-            ("mlp", lambda h, b=block: b.mlp(h)),
+            ("attention", lambda h, b=block: b.attention(h, turn, jnp.ones_like(tokens), FLOAT32)),
+            ("mlp", lambda h, b=block: b.mlp(h, FLOAT32)),
         ):
             norm, post_norm = getattr(block, f"{name}_norm"), getattr(block, f"{name}_post_norm")
             assert (norm is not None, post_norm is not None) == (before, after)
@@ -118,7 +119,7 @@ def test_init_is_scaled_by_depth():
 
 
 def test_bf16_computes_in_bf16_and_keeps_float32_masters():
-    model = make_transformer(ModelConfig(**DEFAULTS), jax.random.key(0), dtype=jnp.bfloat16)
+    model = make_transformer(ModelConfig(**DEFAULTS), jax.random.key(0), numerics=numerics_of(PrecisionConfig()))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {"float32"}
     tokens = tokens_of(1, 4)
     out = jax.eval_shape(lambda m: m(tokens, tokens, tokens), model)

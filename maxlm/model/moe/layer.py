@@ -24,13 +24,14 @@ from maxlm.model.moe.exchange import EXCHANGES, Room, stay
 from maxlm.model.moe.load import Load, measure_load
 from maxlm.model.moe.router import choose
 from maxlm.model.parameter import matrix
+from maxlm.numerics import Numerics
 from maxlm.parallel.sharding import ACTIVATION, BATCH, COMPUTE, has_mesh, spec, use
 
 
 class MoE(nnx.Module):
     """x [B, T, D] -> ([B, T, D], Load). kernel: of `choose_grouped_matmul`; exchange: of EXCHANGES."""
 
-    def __init__(self, config: ModelConfig, kernel: str, exchange: str, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, kernel: str, exchange: str, rngs: nnx.Rngs):
         moe, E, D, F = config.moe, config.num_experts, config.hidden_dim, config.expert_dim
         self.router = matrix(rngs, (D, E), ("embed", None), config.init_std)
         self.selection_bias = nnx.Param(jnp.zeros(E), dims=("norm",), contracted=()) if moe.bias_rate else None
@@ -44,13 +45,14 @@ class MoE(nnx.Module):
         )
         self.gate_bias, self.up_bias = bias(("experts", "mlp"), E, F), bias(("experts", "mlp"), E, F)
         self.down_bias = bias(("experts", "expert_embed"), E, D)
-        self.shared = MLP(config, moe.shared_experts * F, dtype, rngs) if moe.shared_experts else None
-        self.config, self.kernel, self.exchange, self.dtype = config, kernel, exchange, dtype
+        self.shared = MLP(config, moe.shared_experts * F, rngs) if moe.shared_experts else None
+        self.config, self.kernel, self.exchange = config, kernel, exchange
 
-    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Load]:
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array, numerics: Numerics,
+                 key: jax.Array | None) -> tuple[jax.Array, Load]:
         """key: for the jitter; None (evaluation) leaves it out."""
         weights = {"router": use(self.router, jnp.float32)} | {
-            name: use(getattr(self, name), jnp.float32 if name == "selection_bias" else self.dtype)
+            name: use(getattr(self, name), jnp.float32 if name == "selection_bias" else numerics.dtype)
             for name in ("selection_bias", "gate", "up", "down", "gate_bias", "up_bias", "down_bias")
             if getattr(self, name) is not None
         }
@@ -66,7 +68,7 @@ class MoE(nnx.Module):
         else:
             out_BTD, load = local(*inputs, weights, sharded=False)
         # Nothing between the exchange and this depends on the other: a scheduler may run them side by side.
-        return out_BTD if self.shared is None else out_BTD + self.shared(x_BTD), load
+        return out_BTD if self.shared is None else out_BTD + self.shared(x_BTD, numerics), load
 
     def _jittered(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         jitter = self.config.moe.jitter

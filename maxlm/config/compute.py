@@ -1,0 +1,72 @@
+"""How a step is computed: precision, rematerialisation, kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from maxlm.schema import check_types, not_negative, require
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Dtype of activations and of the operands of matrix products. Parameters and optimizer state are float32 in every
+    recipe. Products of float32 run as the backend does by default, which is TF32 on NVIDIA GPUs; under bf16 weight
+    gradients are summed over devices in bfloat16 and added to float32 masters.
+
+    fp8, fp8_rowwise: bf16, with the products at `fp8_sites` in 8 bits (docs/FP8.md): one scale a tensor, or one a row.
+    The first `plain_first_layers` and the last `plain_last_layers` stay in bf16. power_of_two_scales: scales are
+    rounded down to powers of two, which makes scaling exact.
+    """
+
+    recipe: Literal["float32", "bf16", "fp8", "fp8_rowwise"] = "bf16"
+    fp8_sites: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
+    plain_first_layers: int = 0
+    plain_last_layers: int = 0
+    power_of_two_scales: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self, "precision")
+        not_negative("precision", plain_first_layers=self.plain_first_layers, plain_last_layers=self.plain_last_layers)
+        if not self.recipe.startswith("fp8"):
+            for each in fields(self)[1:]:
+                require(
+                    getattr(self, each.name) == each.default,
+                    f"precision.{each.name} is for the fp8 recipes, and precision.recipe={self.recipe!r}: leave it out",
+                )
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """What a layer keeps for its backward pass: all of it ('none'), its input alone ('full'), the outputs of its
+    matrix products ('dots'), or attention's and the gated MLP's products ('names')."""
+
+    policy: Literal["none", "full", "dots", "names"] = "none"
+
+    def __post_init__(self) -> None:
+        check_types(self, "remat")
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the step is computed, never what: kernels, layer loop, loss chunks, the way of tokens to their experts.
+
+    expert_exchange: along mesh.expert; 'auto' is ragged_all_to_all on TPUs and all_to_all elsewhere (docs/MOE.md).
+    layer_unroll: repeats of the layer pattern compiled into one scan iteration; 'all' unrolls the whole stack.
+    loss_chunks: pieces of the sequence whose logits exist at one time; 'auto' picks from the vocabulary.
+    deterministic: on GPUs, kernels and compilation that give the same bits every time (elsewhere they do anyway); what
+    it costs is in docs/RESILIENCE.md.
+    """
+
+    attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
+    grouped_matmul: Literal["auto", "blocks", "ragged_dot", "mosaic_gpu"] = "auto"
+    expert_exchange: Literal["auto", "all_to_all", "ragged_all_to_all", "all_gather"] = "auto"
+    deterministic: bool = False
+    layer_unroll: int | Literal["all"] = 1
+    loss_chunks: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_types(self, "compute")
+        for name in ("layer_unroll", "loss_chunks"):
+            value = getattr(self, name)
+            require(isinstance(value, str) or value > 0, f"compute.{name}={value!r} must be 1 or more")

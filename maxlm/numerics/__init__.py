@@ -1,0 +1,63 @@
+"""What the matrix products of the layers are computed in, chosen per site and layer.
+
+    numerics = numerics_of(config.precision)
+    y_BTF = numerics.mlp.einsum("BTD,DF->BTF", x_BTD, weight, ("batch", None, "mlp"))
+
+A product takes activations in the compute dtype and a stored float32 weight, and says how the weight is cast, gathered
+over `fsdp` and multiplied, forward and backward. Routers, norms, embedding, head and attention's scores are not sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from maxlm.config import PrecisionConfig
+from maxlm.numerics.fp8 import Fp8
+from maxlm.numerics.plain import Plain
+
+__all__ = ["FLOAT32", "Fp8", "Numerics", "Plain", "numerics_of"]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The products of each site. Those of the first and last layers may stay in the compute dtype."""
+
+    dtype: jnp.dtype
+    attention: Plain | Fp8
+    mlp: Plain | Fp8
+    plain_first_layers: int = 0
+    plain_last_layers: int = 0
+
+    def spans(self, first: int, last: int, num_layers: int) -> Iterator[tuple[int, int, Numerics]]:
+        """Layers [first, last) of `num_layers` as runs of equal numerics: (first, the one after the last, numerics)."""
+        cuts = (0, self.plain_first_layers, num_layers - self.plain_last_layers, num_layers)
+        for start, stop, numerics in zip(cuts, cuts[1:], (self.plain(), self, self.plain()), strict=False):
+            start, stop = max(start, first), min(stop, last)
+            if start < stop:
+                yield start, stop, numerics
+
+    def plain(self) -> Numerics:
+        """The same with every product in the compute dtype: generation computes so, for its products are too small to
+        gain from less."""
+        return Numerics(self.dtype, Plain(self.dtype), Plain(self.dtype))
+
+
+FLOAT32 = Numerics(jnp.dtype("float32"), Plain(jnp.dtype("float32")), Plain(jnp.dtype("float32")))
+
+_SCALING = {"fp8": "tensor", "fp8_rowwise": "row"}
+
+
+def numerics_of(precision: PrecisionConfig) -> Numerics:
+    """Those of a run's `precision`."""
+    dtype = jnp.dtype("float32" if precision.recipe == "float32" else "bfloat16")
+    plain = Plain(dtype)
+    if precision.recipe not in _SCALING:
+        return Numerics(dtype, plain, plain)
+    product = Fp8(dtype, _SCALING[precision.recipe], precision.power_of_two_scales)
+    site = lambda name: product if name in precision.fp8_sites else plain  # noqa: E731
+    return Numerics(
+        dtype, site("attention"), site("mlp"), precision.plain_first_layers, precision.plain_last_layers
+    )

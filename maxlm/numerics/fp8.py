@@ -1,0 +1,131 @@
+"""Matrix products of 8-bit floats: E4M3 forward, E5M2 gradients (Micikevicius et al. 2022, arXiv:2209.05433).
+
+Operands are scaled to the range of their format by what is in them now (current scaling), so there is no state: one
+scale a tensor, or one a row and column ('row': everything that one element of the result is a sum over). Scales are
+multiplied onto the result, which leaves the product itself to 8-bit units: cuBLASLt takes it where both operands are
+contracted along their last dims. What has to be turned for that is turned as 8-bit values, behind a barrier, without
+which the compiler would quantise twice from 16 bits (78,203 against 76,027 tokens/s; docs/FP8.md).
+
+NaN and infinity make NaN of everything that shares their scale, never a finite number.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from maxlm.parallel.sharding import ACTIVATION, COMPUTE, Dims, has_mesh, spec
+
+FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
+_LARGEST_SCALE = 2.0**126  # its inverse is still a normal float32
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """Products of 8-bit operands, accumulated in float32, for activations in `dtype`.
+
+    scaling: 'tensor', or 'row'. power_of_two: scales are rounded down to powers of two, which makes scaling exact.
+    """
+
+    dtype: jnp.dtype
+    scaling: Literal["tensor", "row"]
+    power_of_two: bool = False
+
+    def einsum(self, subscripts: str, x: jax.Array, weight: nnx.Param, out: Dims) -> jax.Array:
+        """`Plain.einsum` for subscripts of the form '<batch><contracted>,<contracted><produced>-><batch><produced>'.
+
+        Under FSDP the weight is quantised where it is stored, and gathered in 8 bits. Its gradient is float32.
+        """
+        operands, result = subscripts.split("->")
+        x_dims, w_dims = operands.split(",")
+        contracted = sum(dim in x_dims for dim in w_dims)
+        assert x_dims[-contracted:] == w_dims[:contracted], subscripts
+        assert result == x_dims[:-contracted] + w_dims[contracted:], subscripts
+        layouts = (spec(out, ACTIVATION), spec(weight.dims, COMPUTE)) if has_mesh() else (None, None)
+        return _product(self, contracted, *layouts, x, weight[...])
+
+
+class Quantised(NamedTuple):
+    """`values` times `factors` is what was quantised. factors: float32, of as many dims, each 1 where it is shared."""
+
+    values: jax.Array
+    factors: jax.Array
+
+    def turned(self, count: int) -> Quantised:
+        """With the first `count` dims last."""
+        order = (*range(count, self.values.ndim), *range(count))
+        values, factors = jax.lax.optimization_barrier(self)
+        return Quantised(values.transpose(order), factors.transpose(order))
+
+    def gathered(self, layout: P | None) -> Quantised:
+        """Laid out for use."""
+        if layout is None:
+            return self
+        kept = P(*(axis if size > 1 else None for axis, size in zip(layout, self.factors.shape, strict=True)))
+        return Quantised(jax.sharding.reshard(self.values, layout), jax.sharding.reshard(self.factors, kept))
+
+
+def quantise(x: jax.Array, dtype: jnp.dtype, axes: range, recipe: Fp8) -> Quantised:
+    """x in `dtype`, scaled so that its largest value is the format's: along `axes`, or of all where the recipe has one
+    scale a tensor. Where x is all zeros the scale is 1."""
+    x32 = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x32), axis=tuple(axes) if recipe.scaling == "row" else None, keepdims=True)
+    scale = jnp.where(largest == 0, 1.0, jnp.minimum(float(jnp.finfo(dtype).max) / largest, _LARGEST_SCALE))
+    if recipe.power_of_two:
+        mantissa, _ = jnp.frexp(scale)
+        scale = scale / (2 * mantissa)
+    return Quantised((x32 * scale).astype(dtype), 1 / scale)
+
+
+def product(a: Quantised, b: Quantised, count: int, dtype: jnp.dtype, layout: P | None) -> jax.Array:
+    """[a's other dims, b's other dims] in `dtype`: the sum over the last `count` dims of both."""
+    last = tuple(range(-count, 0))
+    contracting = tuple(range(a.values.ndim - count, a.values.ndim)), tuple(range(b.values.ndim - count, b.values.ndim))
+    y = jax.lax.dot_general(
+        a.values, b.values, (contracting, ((), ())), preferred_element_type=jnp.bfloat16, out_sharding=layout
+    )
+    left, right = jnp.squeeze(a.factors, last), jnp.squeeze(b.factors, last)
+    left_dims, right_dims = left.ndim, right.ndim
+    left = jnp.expand_dims(left, tuple(range(left_dims, y.ndim)))
+    right = jnp.expand_dims(right, tuple(range(y.ndim - right_dims)))
+    return (y.astype(jnp.float32) * left * right).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _product(recipe: Fp8, contracted: int, out: P | None, layout: P | None, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _forward(recipe, contracted, out, layout, x, w)[0]
+
+
+def _forward(recipe, contracted, out, layout, x, w):
+    x8 = quantise(x, FORWARD, range(x.ndim - contracted, x.ndim), recipe)
+    w8 = quantise(w, FORWARD, range(contracted), recipe).gathered(layout)
+    y = product(x8, w8.turned(contracted), contracted, recipe.dtype, out)
+    # A scale a row belongs to one product: the backward pass then starts again from what was given.
+    return y, (x8, w8, w) if recipe.scaling == "tensor" else (x, None, w)
+
+
+def _backward(recipe, contracted, out, layout, kept, g):
+    x, w8, w = kept
+    batch, produced = g.ndim - (w.ndim - contracted), w.ndim - contracted
+    x_layout, w_layout = _layout(x.values if recipe.scaling == "tensor" else x), _layout(w)
+    g8 = quantise(g, BACKWARD, range(batch, g.ndim), recipe)
+    if recipe.scaling == "row":
+        w8 = quantise(w, FORWARD, range(contracted, w.ndim), recipe).gathered(layout)
+    dx = product(g8, w8, produced, recipe.dtype, x_layout)
+    if recipe.scaling == "row":
+        x, g8 = quantise(x, FORWARD, range(batch), recipe), quantise(g, BACKWARD, range(batch), recipe)
+    dw = product(x.turned(batch), g8.turned(batch), batch, jnp.float32, layout)
+    return dx, dw if layout is None else jax.sharding.reshard(dw, w_layout)
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _layout(x: jax.Array) -> P | None:
+    return jax.typeof(x).sharding.spec if has_mesh() else None
