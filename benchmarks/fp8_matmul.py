@@ -2,8 +2,8 @@
 
     python benchmarks/fp8_matmul.py --json benchmarks/results/fp8_matmul.json
 
-Operands are quantised once, outside of the timing, with a scale a tensor. Both multiply N x N by N x N into bfloat16 and
-apply the scales. PyTorch is the peer and needs to be installed; times are of `--repeats` calls between two waits.
+Operands are quantised once, outside of the timing, with a scale a tensor. Both multiply N x N by N x N into bfloat16
+and apply the scales. PyTorch is the peer and needs to be installed; times are of `--repeats` calls between two waits.
 """
 
 from __future__ import annotations
