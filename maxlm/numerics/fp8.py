@@ -4,7 +4,7 @@ Operands are scaled to the range of their format by what is in them now (current
 scale a tensor, or one a row and column ('row': everything that one element of the result is a sum over). Scales are
 multiplied onto the result, which leaves the product itself to 8-bit units: cuBLASLt takes it where both operands are
 contracted along their last dims. What has to be turned for that is turned as 8-bit values, behind a barrier, without
-which the compiler would quantise twice from 16 bits (78,203 against 76,027 tokens/s; docs/FP8.md).
+which the compiler would quantise twice from 16 bits (docs/LOG.md).
 
 NaN and infinity make NaN of everything that shares their scale, never a finite number.
 """
