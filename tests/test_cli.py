@@ -73,7 +73,7 @@ def test_a_syntax_error_names_file_and_line(tmp_path, capsys):
     ("model.num_layer=4", ["unknown config key 'model.num_layer'", "did you mean 'model.num_layers'?"]),
     ("model.num_layers=four", ["model.num_layers='four' must be an integer"]),
     ("precision.recipe=fp7", ["precision.recipe='fp7' must be one of 'float32'"]),
-    ("train.global_batch_size=12", ["= 12 is not a multiple of mesh.data * mesh.fsdp = 8", "multiple of 8"]),
+    ("train.global_batch_size=12", ["= 12 is not a multiple of mesh.data * mesh.fsdp * mesh.expert = 8", "multiple of 8"]),
     ("mesh.tensor=3", ["3 does not divide the 8 devices"]),
     ("mesh.stage=2", ["mesh.stage=2 is not built yet"]),
     ("train.seq_len=64", ["train.seq_len=64", "--seq-len 32", "set train.seq_len=32"]),
