@@ -83,6 +83,8 @@ class Hosts:
         for holder in self._holders:
             os.kill(holder, signal.SIGKILL)
             os.waitpid(holder, 0)
+        if self.networked:
+            _run("umount", "/etc/hosts")  # the name list is busy as long as another lies over it
 
     def _port(self, host: int) -> str:
         return f"port{self._lane}-{host}"
