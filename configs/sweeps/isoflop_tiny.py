@@ -4,8 +4,8 @@
     maxlm sweep configs/sweeps/isoflop_tiny.py --out sweeps/tiny --jobs 2
     maxlm fit sweeps/tiny/runs.jsonl --law chinchilla --out sweeps/tiny/fit
 
-Hardware: 2 CPU cores, about a quarter of an hour. Enough to see the whole way, not to trust an exponent: for that use
-more budgets, further apart (isoflop_h200.py).
+Hardware: 2 CPU cores; how long is what --dry-run estimates, not measured. Enough to see the whole way, not to trust an
+exponent: for that use more budgets, further apart (isoflop_h200.py).
 """
 
 from maxlm.config import (
@@ -27,7 +27,7 @@ BASE = RunConfig(
     model=ModelConfig(num_layers=2, hidden_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=176,
                       vocab_size=264, qk_norm=True),
     data=DataConfig(source="python-stdlib", tokenizer="bytes"),
-    train=TrainConfig(global_batch_size=16, seq_len=128),
+    train=TrainConfig(global_batch_size=8, seq_len=128),
     optimizer=OptimizerConfig(learning_rate=4e-3),
     schedule=ScheduleConfig(name="cosine", warmup_steps=1, final_fraction=0.1),
     precision=PrecisionConfig(recipe="float32"),
@@ -45,5 +45,5 @@ def size(width: int) -> dict[str, int]:
 
 
 def sweep() -> Sweep:
-    points = isoflop(BASE, BUDGETS, [size(width) for width in WIDTHS], warmup_fraction=0.05, fewest_steps=300)
+    points = isoflop(BASE, BUDGETS, [size(width) for width in WIDTHS], warmup_fraction=0.05, fewest_steps=700)
     return Sweep(trials(BASE, points), startup_seconds=10.0)

@@ -79,7 +79,7 @@ def plan(planned: Sweep, costs: dict[str, Cost], jobs: int, where: str, folder) 
         lines.append(
             f"{trial.name:40} {row.params:>10.4g} {row.tokens:>10.4g} {row.flops_spent:>10.3e} "
             f"{trial.config.train.num_steps - trial.from_step:>8} {_time(row.seconds):>9} "
-            f"{row.memory_bytes / 2**30:>6.2f} GiB{done}")
+            f"{row.memory_bytes / 2**30:>6.2g} GiB{done}")
     total = sum(row.flops_spent for row in costs.values())
     lines.append(f"{len(costs)} runs, {total:.3e} FLOPs, about {_time(wall_seconds(costs, planned, jobs))} with "
                  f"{jobs} at a time on {where}. Time and memory are estimates; FLOPs are what each run adds.")
