@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maxlm.schema import ConfigError, require
+from maxlm.schema import require
 
 if TYPE_CHECKING:
     from maxlm.scaling.cost import Cost
@@ -44,21 +45,20 @@ def sweep(arguments: argparse.Namespace) -> int:
     require(arguments.chip is None or arguments.dry_run, "--chip is for --dry-run: runs use the devices that are here")
     planned = load_sweep(arguments.sweep)
     check_branches(planned)
-    device, count = (device_called(arguments.chip), 1) if arguments.chip else devices_here()
-    launcher = LocalLauncher(device, count, arguments.jobs, arguments.packed)
-    costs = {trial.name: cost(trial, planned, device) for trial in planned.trials}
     folder = SweepFolder(arguments.out, planned)
-    folder.check()
-    if arguments.dry_run:
-        print(plan(planned, costs, launcher.jobs, f"{count} x {device.kind}", folder))
-    refused = too_large(costs, device, launcher.share * arguments.packed)
-    if refused:
-        raise ConfigError(f"{'; '.join(refused[:5])}{f' (and {len(refused) - 5} more)' if len(refused) > 5 else ''}: "
-                          "lower train.global_batch_size, raise train.grad_accumulation, set remat.policy, or lower "
-                          "--jobs or --packed")
-    if arguments.dry_run:
-        return 0
-    with folder:
+    with contextlib.nullcontext() if arguments.dry_run else folder:  # runs of a killed start have left the devices then
+        device, count = (device_called(arguments.chip), 1) if arguments.chip else devices_here()
+        launcher = LocalLauncher(device, count, arguments.jobs, arguments.packed)
+        costs = {trial.name: cost(trial, planned, device) for trial in planned.trials}
+        folder.check()
+        if arguments.dry_run:
+            print(plan(planned, costs, launcher.jobs, f"{count} x {device.kind}", folder))
+        refused = too_large(costs, device, launcher.share * arguments.packed)
+        more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""
+        require(not refused, f"{'; '.join(refused[:5])}{more}: lower train.global_batch_size, raise "
+                             "train.grad_accumulation, set remat.policy, or lower --jobs or --packed")
+        if arguments.dry_run:
+            return 0
         for path, words in folder.corpora().items():
             print(f"preparing {path.name}", file=sys.stderr, flush=True)
             _prepare(words)
