@@ -3,7 +3,7 @@
     maxlm train configs/moe_tiny.py --run-dir runs/moe_tiny
 
 Hardware: any laptop; sized for 2 CPU cores.
-Reaches: docs/MOE.md has it beside the dense model with the same active parameters.
+Reaches: 1.483 bits a held-out byte; the dense model with the same active parameters 1.490 (docs/MOE.md).
 """
 
 from maxlm.config import (
