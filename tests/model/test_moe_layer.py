@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.config import MeshConfig, ModelConfig, MoEConfig
 from maxlm.model.moe.layer import MoE
+from maxlm.numerics import FLOAT32
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import BATCH, stored
 
@@ -23,7 +24,7 @@ def layer(exchange="all_to_all", bias="even", **moe) -> MoE:
     config = ModelConfig(num_layers=1, hidden_dim=D, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16,
                          vocab_size=8, num_experts=E, experts_per_token=K, expert_dim=16, init_std=0.5,
                          moe=MoEConfig(scores="sigmoid", bias_rate=1e-2, **moe))
-    made = MoE(config, "blocks", exchange, jnp.float32, nnx.Rngs(params=jax.random.key(0)))
+    made = MoE(config, "blocks", exchange, nnx.Rngs(params=jax.random.key(0)))
     made.selection_bias[...] = jnp.asarray(BIAS[bias], jnp.float32)
     return made
 
@@ -54,7 +55,7 @@ def on_mesh(made: MoE, **axes):
         made = jax.tree.map(jax.device_put, made, stored(made, mesh))
 
         def loss(made, x):
-            out, load = made(x, rows_ids, None)
+            out, load = made(x, rows_ids, FLOAT32, None)
             return jnp.sum(out * rows_g), (out, load)
 
         rows_ids, rows_g = rows(ids), rows(g)
@@ -67,7 +68,7 @@ def alone(bias):
     """The gradients without a mesh, whose output is the formula's."""
     x, g, ids = inputs()
     made = layer(bias=bias)
-    loss = lambda made, x: (lambda out: (jnp.sum(out * g), out))(made(x, ids, None)[0])  # noqa: E731
+    loss = lambda made, x: (lambda out: (jnp.sum(out * g), out))(made(x, ids, FLOAT32, None)[0])  # noqa: E731
     (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(made, jnp.asarray(x))
     assert np.allclose(out, by_token(made, x).sum(2), atol=1e-4)
     less = by_token(made, x)[:, :, 0]  # the twin: one expert less

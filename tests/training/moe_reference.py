@@ -13,12 +13,12 @@ from maxlm.model.moe.load import Load
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def dense_moe(layer: MoE, x_BTD, segment_ids_BT, key):
+def dense_moe(layer: MoE, x_BTD, segment_ids_BT, numerics, key):
     """What `MoE.__call__` must give on a mesh of one device, dropless."""
     layout = jax.typeof(x_BTD).sharding.spec
     whole = jax.tree.map(lambda a: jax.sharding.reshard(a, P()), (layer, x_BTD, segment_ids_BT))
     out_BTD, load = _dense_moe(*whole, key)
-    shared = 0 if layer.shared is None else layer.shared(x_BTD)
+    shared = 0 if layer.shared is None else layer.shared(x_BTD, numerics)
     return jax.sharding.reshard(out_BTD, layout) + shared, load
 
 
