@@ -40,7 +40,7 @@ def _dense_moe(layer, x_BTD, segment_ids_BT, key):
     weight_BTE = jnp.where(chosen_BTE, score_BTE, 0)
     if moe.normalize_weights:
         weight_BTE = weight_BTE / weight_BTE.sum(-1, keepdims=True)
-    bias = lambda name, e: getattr(layer, name)[...][e] if moe.expert_bias else 0  # noqa: E731
+    bias = lambda name, e: getattr(layer, name)[...][e][None, None] if moe.expert_bias else 0  # noqa: E731
     out_BTD = jnp.zeros_like(x_BTD)
     for e in range(E):
         gate = x_BTD @ layer.gate[...][e] + bias("gate_bias", e)
