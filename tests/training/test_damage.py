@@ -13,10 +13,11 @@ def config(tmp_path_factory):
 
 
 def flip(step):
-    file = max((f for f in step.glob("state/**/*") if f.is_file()), key=lambda f: f.stat().st_size)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 3] ^= 64
-    file.write_bytes(data)
+    """A bit in each file of arrays, so that parameters are hit wherever TensorStore has put them."""
+    for file in step.glob("state/**/d/*"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 3] ^= 64
+        file.write_bytes(data)
 
 
 def test_a_damaged_newest_checkpoint(config, tmp_path, capsys):
