@@ -21,6 +21,7 @@ class Folder:
         self.directory = Path(directory).absolute()
         self._orbax: Any = None  # made by the first save: importing Orbax is not paid before the first step
         self._saving: Path | None = None
+        self._failed = False
 
     def __str__(self) -> str:
         return str(self.directory)
@@ -72,7 +73,7 @@ class Folder:
 
     def begin(self, step: int, arrays: Mapping[str, Any], document: dict[str, Any]) -> None:
         path = layout.step_path(self.directory, step)
-        self._saving = path
+        self._saving, self._failed = path, False
         if self._orbax is None:
             self._orbax = orbax_io.async_checkpointer(self._before_commit)
         if jax.process_index() == 0 and path.exists():
@@ -87,6 +88,7 @@ class Folder:
                 layout.flush(name)
 
     def discard(self) -> None:
+        self._failed = True
         if self._saving is not None and jax.process_index() == 0:
             layout.discard_in_progress(self._saving)
 
@@ -103,8 +105,14 @@ class Folder:
         return layout.explain(error, layout.step_path(self.directory, step), doing)
 
     def close(self) -> None:
-        if self._orbax is not None:
+        if self._orbax is None:
+            return
+        try:
             self._orbax.close()
+        except OSError:
+            if not self._failed:  # else Orbax had metadata left for a folder that `discard` has removed
+                raise
+        finally:
             self._orbax = None
 
     def _before_commit(self) -> None:

@@ -190,3 +190,29 @@ def test_a_failed_save_does_not_hold_up_the_exit_and_says_one_line(tmp_path):
         f"a file would be larger than the limit while saving {tmp_path}/1: raise `ulimit -f`, "
         "then run the same command again to resume\n"
     )
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_what_orbax_says_of_a_folder_that_is_gone_does_not_hide_the_cause(tmp_path, monkeypatch, failed):
+    """Seen with two processes: Orbax had metadata left to write when the failed save's folder was cleared away."""
+    checkpointer = Checkpointer(tmp_path / "checkpoints", keep_last=1)
+    checkpointer.save(1, small(1), {})
+    checkpointer.wait()
+    orbax = checkpointer.durable._orbax
+    close = orbax.close
+
+    def lost():
+        close()
+        raise FileNotFoundError("1.orbax-checkpoint-tmp/_CHECKPOINT_METADATA")
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(orbax, "close", lost)
+    if failed:
+        monkeypatch.setattr(orbax, "save", lambda *args, **kwargs: None)
+        monkeypatch.setattr(orbax, "wait_until_finished", full)
+        checkpointer.save(2, small(2), {})
+    with pytest.raises(CheckpointError if failed else FileNotFoundError,
+                       match="no space left" if failed else "METADATA"):
+        checkpointer.close()
