@@ -112,10 +112,13 @@ def _varying(weights: dict[str, jax.Array], layouts: dict[str, P]) -> dict[str, 
 
 def _experts(x_RD, weight_R, sizes_E, *, weights, config, kernel, sharded):
     """Each row through its expert, times its weight: [R, D]. Where `tensor` splits the experts, this device's part."""
-    product = lambda rows, name: grouped_matmul(rows, weights[name], sizes_E, kernel)  # noqa: E731
+    def product(rows, *names):
+        return grouped_matmul(rows, tuple(weights[name] for name in names), sizes_E, kernel)
+
     bias = _expert_bias(x_RD, sizes_E, weights)
-    gate_RF, up_RF = (checkpoint_name(product(x_RD, name) + bias(name + "_bias"), "mlp_up") for name in ("gate", "up"))
-    out_RD = product(_weighted(ACTIVATIONS[config.activation], gate_RF, up_RF, weight_R), "down")
+    gate_RF, up_RF = (checkpoint_name(rows_RF + bias(name), "mlp_up")
+                      for rows_RF, name in zip(product(x_RD, "gate", "up"), ("gate_bias", "up_bias"), strict=True))
+    (out_RD,) = product(_weighted(ACTIVATIONS[config.activation], gate_RF, up_RF, weight_R), "down")
     whole = not sharded or jax.lax.axis_index("tensor") == 0  # the parts are summed over `tensor`
     return out_RD + jnp.where(whole, bias("down_bias") * weight_R[:, None].astype(x_RD.dtype), 0)
 
