@@ -11,9 +11,9 @@ from tiny import Run, furthest, run_steps, tiny_config
 def step(recipe: str, first: int = 0, mesh: tuple = (), unroll: int | str = 1, window: int = 7, sites: tuple = (),
          experts: int = 0, remat: str = "none") -> Run:
     sparse = dict(num_experts=experts, experts_per_token=2, expert_dim=32) if experts else {}
-    config = tiny_config(precision=dict(recipe=recipe, plain_first_layers=first) | ({"fp8_sites": sites} if sites else {}),
-                         mesh=dict(mesh), compute=dict(layer_unroll=unroll), remat=dict(policy=remat),
-                         model=dict(sliding_window=window) | sparse)
+    eight = dict(fp8_sites=sites) if sites else {}
+    config = tiny_config(precision=dict(recipe=recipe, plain_first_layers=first) | eight, remat=dict(policy=remat),
+                         mesh=dict(mesh), compute=dict(layer_unroll=unroll), model=dict(sliding_window=window) | sparse)
     return run_steps(config, devices=8 if mesh else 1, steps=1)
 
 
