@@ -63,9 +63,11 @@ class _Copy(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """A piece of the result: the sums that it is made of, one after the other, and where it goes."""
+    """A piece of the result: the sums that it is made of, one after the other, what it is multiplied with (a function,
+    because one warpgroup does not need it), and where it goes."""
 
     sums: tuple[_Copy, ...]
+    scale: Callable[[], Any] | None
     out: Any
 
     @property
@@ -73,10 +75,11 @@ class _Work(NamedTuple):
         return sum(part.steps for part in self.sums)
 
 
-def grouped_product(pairs: Sequence[tuple[jax.Array, jax.Array]], sizes_E: jax.Array, *, b_last: bool,
-                    tiles: Tiles | None = None) -> jax.Array:
-    """[R, N]: the sum over pairs (a, b) of the rows of a, each times its group's matrix of b; 0 behind the last group,
-    whatever a holds there. a: [R, K]; b: [E, K, N], or where `b_last` [E, N, K]. In bfloat16 where they have 8 bits.
+def grouped_product(pairs: Sequence[tuple[jax.Array, jax.Array]], sizes_E: jax.Array,
+                    scale_E: jax.Array | None = None, *, b_last: bool, tiles: Tiles | None = None) -> jax.Array:
+    """[R, N]: the sum over pairs (a, b) of the rows of a, each times its group's matrix of b, times the group's scale;
+    0 behind the last group, whatever a holds there. a: [R, K]; b: [E, K, N], or where `b_last` [E, N, K]. In bfloat16
+    where they have 8 bits.
 
     sizes_E: int32, multiples of ROWS. K: a multiple of 128 bytes, N: of 128.
     """
@@ -90,7 +93,10 @@ def grouped_product(pairs: Sequence[tuple[jax.Array, jax.Array]], sizes_E: jax.A
     end_E = jnp.cumsum(sizes_E) // ROWS
     group_t = jnp.sum(jnp.arange(R // ROWS)[:, None] >= end_E[None], axis=1, dtype=jnp.int32)  # E: behind the last
 
+    scales = () if scale_E is None else (jnp.append(scale_E.astype(jnp.float32), 0.0),)
+
     def body(group_gmem, *refs):
+        (*scale_gmem,), refs = refs[: len(scales)], refs[len(scales) :]
         operands, (out_gmem, *scratch) = refs[: 2 * len(pairs)], refs[2 * len(pairs) :]
 
         def work(t: Any) -> _Work:
@@ -105,20 +111,21 @@ def grouped_product(pairs: Sequence[tuple[jax.Array, jax.Array]], sizes_E: jax.A
                 steps = lax.select(group < E, a_gmem.shape[1] // depth, 0)
                 return _Copy(steps, lambda k: a_gmem.at[rows, summed(k)], lambda k: b_gmem.at[(group, *b_tile(k))])
 
-            return _Work(tuple(map(one, operands[::2], operands[1::2])), out_gmem.at[rows, columns])
+            scale = (lambda: scale_gmem[0][group]) if scales else None
+            return _Work(tuple(map(one, operands[::2], operands[1::2])), scale, out_gmem.at[rows, columns])
 
         _run(tiles, R // ROWS * across, work, False, b_last, *scratch)
 
     b_shape = (tiles.columns, depth) if b_last else (depth, tiles.columns)
     a_dtype, b_dtype = (array.dtype for array in pairs[0])
     kernel = _kernel(body, tiles, (R, N), ((ROWS, depth), a_dtype), (b_shape, b_dtype))
-    return _varying(kernel(group_t, *(array for pair in pairs for array in pair)), sizes_E, pairs[0][1])
+    return _varying(kernel(group_t, *scales, *(array for pair in pairs for array in pair)), sizes_E, pairs[0][1])
 
 
-def grouped_weights(a: jax.Array, b: jax.Array, sizes_E: jax.Array, *, rows_last: bool,
-                    tiles: Tiles | None = None) -> jax.Array:
-    """[E, M, N]: of each group the sum over its rows of a's row times b's. a: [R, M], b: [R, N], or where `rows_last`
-    [M, R] and [N, R]. An empty group's are zeros. In bfloat16 where they have 8 bits. M and N: multiples of 128."""
+def grouped_weights(a: jax.Array, b: jax.Array, sizes_E: jax.Array, scale: jax.Array | None = None, *,
+                    rows_last: bool, tiles: Tiles | None = None) -> jax.Array:
+    """[E, M, N]: of each group the sum over its rows of a's row times b's, times `scale`, a scalar. a: [R, M],
+    b: [R, N], or where `rows_last` [M, R] and [N, R]. An empty group's are zeros. In bfloat16 where they have 8 bits. M and N: multiples of 128."""
     turn = (lambda shape: shape[::-1]) if rows_last else (lambda shape: shape)
     (R, M), (_, N), E = turn(a.shape), turn(b.shape), sizes_E.size
     tiles = tiles or _weights_tiles(N)
@@ -127,7 +134,11 @@ def grouped_weights(a: jax.Array, b: jax.Array, sizes_E: jax.Array, *, rows_last
     down, across = M // tiles.rows, N // tiles.columns
     first_E = jnp.cumsum(sizes_E) - sizes_E
 
-    def body(first_gmem, steps_gmem, a_gmem, b_gmem, out_gmem, *scratch):
+    scales = () if scale is None else (scale.astype(jnp.float32).reshape(1),)
+
+    def body(first_gmem, steps_gmem, *refs):
+        (*scale_gmem,), (a_gmem, b_gmem, out_gmem, *scratch) = refs[: len(scales)], refs[len(scales) :]
+
         def work(t: Any) -> _Work:
             group, piece = lax.div(t, down * across), lax.rem(t, down * across)
             rows = pl.ds(lax.div(piece, across) * tiles.rows, tiles.rows)
@@ -135,13 +146,14 @@ def grouped_weights(a: jax.Array, b: jax.Array, sizes_E: jax.Array, *, rows_last
             summed = lambda k: pl.ds(pl.multiple_of(first_gmem[group], ROWS) + k * depth, depth)  # noqa: E731
             copy = _Copy(steps_gmem[group], lambda k: a_gmem.at[turn((summed(k), rows))],
                          lambda k: b_gmem.at[turn((summed(k), columns))])
-            return _Work((copy,), out_gmem.at[group, rows, columns])
+            times = (lambda: scale_gmem[0][0]) if scales else None
+            return _Work((copy,), times, out_gmem.at[group, rows, columns])
 
         _run(tiles, E * down * across, work, not rows_last, rows_last, *scratch)
 
     shapes = ((turn((depth, tiles.rows)), a.dtype), (turn((depth, tiles.columns)), b.dtype))
     kernel = _kernel(body, tiles, (E, M, N), *shapes)
-    out = kernel(first_E.astype(jnp.int32), (sizes_E // depth).astype(jnp.int32), a, b)
+    out = kernel(first_E.astype(jnp.int32), (sizes_E // depth).astype(jnp.int32), *scales, a, b)
     return _varying(out, sizes_E, a)
 
 
@@ -226,7 +238,7 @@ def _run(tiles: Tiles, count: Any, work: Callable[[Any], _Work], a_turned: bool,
                     return step + 1
 
                 lax.fori_loop(0, steps, add, step)
-                result = acc[...]
+                result = acc[...] if here.scale is None else acc[...] * here.scale()
 
                 @pl.when(steps > 0)
                 def _():
