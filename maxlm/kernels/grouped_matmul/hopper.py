@@ -125,7 +125,10 @@ def grouped_product(pairs: Sequence[tuple[jax.Array, jax.Array]], sizes_E: jax.A
 def grouped_weights(a: jax.Array, b: jax.Array, sizes_E: jax.Array, scale: jax.Array | None = None, *,
                     rows_last: bool, tiles: Tiles | None = None) -> jax.Array:
     """[E, M, N]: of each group the sum over its rows of a's row times b's, times `scale`, a scalar. a: [R, M],
-    b: [R, N], or where `rows_last` [M, R] and [N, R]. An empty group's are zeros. In bfloat16 where they have 8 bits. M and N: multiples of 128."""
+    b: [R, N], or where `rows_last` [M, R] and [N, R]. An empty group's are zeros. In bfloat16 where they have 8 bits.
+
+    sizes_E: as above. M and N: multiples of 128.
+    """
     turn = (lambda shape: shape[::-1]) if rows_last else (lambda shape: shape)
     (R, M), (_, N), E = turn(a.shape), turn(b.shape), sizes_E.size
     tiles = tiles or _weights_tiles(N)
