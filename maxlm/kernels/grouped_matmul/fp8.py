@@ -89,7 +89,7 @@ def _rows(recipe, rows_RK, dtype, sizes_E, across, dims):
 
 
 def _kept(x8: Quantised) -> Quantised:
-    """By the name that a rematerialisation may keep it by; as integers, because JAX rounds floats that it keeps to their
+    """By the name that a rematerialisation keeps it by; as integers, because JAX rounds floats that it keeps to their
     format as if its largest exponent were infinity's, and E4M3 has numbers there."""
     bits = jax.lax.bitcast_convert_type(x8.values, jnp.uint8)
     bits, factors = (checkpoint_name(part, "8bit") for part in (bits, x8.factors))
