@@ -5,18 +5,20 @@
 #
 # From the repository's root, on a machine whose GPUs it may fill. TEXT: files, folders and archives to train on, beside
 # the installed packages. Works in sweeps/h100; OUT gets results.tar.gz (rows, fits, forecasts, scores, metrics, logs) and
-# log, brought up to date after every phase. Phases have limits, so that what is there survives: run again it goes on.
+# log, brought up to date after every phase. Phases have limits (SWEEP_SECONDS, TARGET_SECONDS), so that what is there
+# survives; run again it goes on.
 set -uo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd) && shift || exit 2
 work=sweeps/h100 configs=configs/sweeps/isoflop_h100
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p $work
 exec > >(tee -a "$out/log") 2>&1
 maxlm() { python3 -m maxlm "$@"; }
 say() { printf '== %4d s  %s\n' $SECONDS "$*"; }
 pack() {
     local found
-    found=$(cd $work && find . -maxdepth 3 \( -path ./data -prune -o -name checkpoints -prune -o -name ledger.jsonl -prune \
-        -o -type f -not -name '.*' -print \))
+    found=$(cd $work && find . -maxdepth 3 \( -name data -prune -o -name checkpoints -prune -o -name ledger.jsonl -prune \
+        -o -type f -not -name '.*' -not -name loss.png -print \))
     (cd $work && tar czf "$out/results.tar.gz.partial" data/manifest.json $found 2>/dev/null)
     mv "$out/results.tar.gz.partial" "$out/results.tar.gz"
     for name in runs.jsonl curves.jsonl; do cp $work/$name "$out/" 2>/dev/null; done
@@ -36,7 +38,7 @@ wait $preparing || { say "the data could not be prepared"; exit 1; }
 [ $smoke = 0 ] || { say "the run of 20 steps ended with $smoke"; exit 1; }
 
 say "sweep"
-timeout -k 60 "${SWEEP_SECONDS:-300}" python3 -m maxlm sweep $configs.py --out $work --jobs $((4 * gpus))
+timeout -k 60 "${SWEEP_SECONDS:-270}" python3 -m maxlm sweep $configs.py --out $work --jobs $((4 * gpus))
 say "the sweep ended with $?"; pack
 
 where='rate_factor==1'
@@ -49,7 +51,7 @@ say "sealed"; wait $fitting; pack
 
 number=0 running=()
 for name in target target_wide; do
-    CUDA_VISIBLE_DEVICES=$((number % gpus)) XLA_PYTHON_CLIENT_MEM_FRACTION=0.45 timeout -k 20 "${TARGET_SECONDS:-200}" \
+    CUDA_VISIBLE_DEVICES=$((number % gpus)) XLA_PYTHON_CLIENT_MEM_FRACTION=0.45 timeout -k 20 "${TARGET_SECONDS:-180}" \
         python3 -m maxlm train ${configs}_$name.py --run-dir $work/$name > $work/$name.log 2>&1 & running+=($!)
     number=$((number + 1))
 done
