@@ -2,17 +2,18 @@
 
     scripts/isoflop_h100.sh OUT [TEXT...]     # all of it: data, sweep, fit, seal, forecast runs, scores
 
-Hardware: two H100, four runs at a time on each. Expected: 1.8e16 FLOPs in about 3 minutes, then the forecast runs, one a
-GPU, 8e15 FLOPs each, in about a minute and a half. Not measured yet.
+Hardware: two H100, four runs at a time on each. Expected: 1.8e16 FLOPs in about 3 minutes, then the forecast runs, one
+a GPU, 8e15 FLOPs each, in about a minute and a half. Not measured yet.
 
 - Bytes, because unique text is what runs out first: the smallest model of the largest budget reads 200M tokens.
-- Batches grow as budget^(1/3) (DeepSeek LLM, arXiv:2401.02954, equation 1), and every run has 700 steps or more: shorter
-  ones do not lie on the curve of longer ones.
+- Batches grow as budget^(1/3) (DeepSeek LLM, arXiv:2401.02954, equation 1), and every run has 700 steps or more:
+  shorter ones do not lie on the curve of longer ones.
 - One learning rate for all, the best of the base model on a CPU (400 steps; 1e-3 to 3.2e-2: docs/LOG.md): completep
-  carries it over sizes, and what a larger batch would add to the rate (its square root) is about what a longer run takes
-  away (tokens^-0.3: Bjorck et al. 2024, arXiv:2409.19913). Runs at half and twice the rate, a small and a large size of
-  the second budget, say what that costs; column `rate_factor` keeps them out of the fit (`--where 'rate_factor==1'`).
-- Attention in plain JAX: rows are short, models narrow, and cuDNN's way with packed rows asks the host in every layer.
+  carries it over sizes, and what a larger batch would add to the rate (its square root) is about what a longer run
+  takes away (tokens^-0.3: Bjorck et al. 2024, arXiv:2409.19913). Runs at half and twice the rate, a small and a large
+  size of the second budget, say what that costs; column `rate_factor` keeps them out of the fit
+  (`--where 'rate_factor==1'`).
+- Attention in plain JAX: rows are short, models narrow, and cuDNN's way with packed rows asks the host in each layer.
 - Two repeats of one run with other seeds give the noise floor.
 """
 

@@ -1,4 +1,4 @@
-"""A run that a forecast from isoflop_h100.py is about: four times its largest budget, twice the size that should be best.
+"""A run that a forecast from isoflop_h100.py is about: four times its largest budget, twice the best size.
 
     maxlm train configs/sweeps/isoflop_h100_target_wide.py --run-dir OUT/target_wide
 
