@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from maxlm.parallel.launchers import several_processes
+from maxlm.parallel.launchers import coordinated, several_processes
 from maxlm.schema import ConfigError
 
 INITIALIZE_SECONDS = 120  # for all processes to arrive
@@ -46,15 +46,17 @@ class PeerError(RuntimeError):
 def processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Iterator[bool]:
     """Inside, JAX's devices are those of all processes of the run. Yields whether there are several.
 
-    Give all three (HOST:PORT of process 0, how many, which one this is) or none; with none, JAX's own detection of a
-    launcher is used where the environment says that there is more than one process (launchers.py), and one process
-    starts nothing. Must come before anything that starts JAX's backend. Leaving it normally waits for the others.
+    Give all three (HOST:PORT of process 0, how many, which one this is) or none. With none, JAX's own detection of a
+    launcher is used where the environment says that there is more than one process, else the coordinator that the
+    environment names (launchers.py), and one process starts nothing. Must come before anything that starts JAX's
+    backend. Leaving it normally waits for the others.
 
     Raises ConfigError for flags that do not fit together and for a port that cannot be used. Ends the process with
     exit code 2 and one line where the others have not come within INITIALIZE_SECONDS: JAX would abort instead.
     """
-    explicit = _checked(coordinator, num_processes, process_id)
-    if num_processes == 1 or not (explicit or several_processes(os.environ)):
+    if not _checked(coordinator, num_processes, process_id) and not several_processes(os.environ):
+        coordinator, num_processes, process_id = coordinated(os.environ) or (None, 1, None)
+    if num_processes == 1:
         yield False
         return
     _start(coordinator, num_processes, process_id)
