@@ -20,7 +20,7 @@ PLATFORMS = ("tpu", "gpu")
 CONTAINER, COORDINATOR_PORT = "train", 1234
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 EXCLUSIVE = "alpha.jobset.sigs.k8s.io/exclusive-topology"
-SWEEP, RUN = "maxlm/sweep", "maxlm/run"  # labels of a sweep's runs
+SWEEP = "maxlm/sweep"  # the label of a sweep's runs
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,12 @@ class Job:
 
     @property
     def grace_seconds(self) -> int:
-        """What a run needs between SIGTERM and its end: its own deadline, and then half a minute to leave."""
-        return int(self.config.resilience.stop_seconds) + 30
+        return grace_seconds(self.config)
+
+
+def grace_seconds(config: RunConfig) -> int:
+    """What a run needs between SIGTERM and its end: its own deadline, and then half a minute to leave."""
+    return int(config.resilience.stop_seconds) + 30
 
 
 def check(config: RunConfig, topology: Topology, slices: int = 1) -> RunConfig:

@@ -17,6 +17,7 @@ import shlex
 CONFIG_VARIABLE = "MAXLM_CONFIG"  # the job's environment has the config as JSON
 NEVER_RETRIED = (2, 3)
 RESTART = 75
+LOOKS = "0 2 4"  # seconds before each look for DONE, which another host may have written
 PAUSE_SECONDS = 10  # before the next start: processes of the last one may still be leaving
 
 
@@ -28,13 +29,13 @@ def train(run_dir: str, flags: str = "") -> str:
 
 def _done(run_dir: str) -> str:
     """Bash that succeeds if DONE is there; listing the folder makes a network file system look again, soon or late."""
-    return f"for second in 0 2 4; do sleep $second; ls {run_dir} | grep -qx DONE && break; done"
+    return f"for second in {LOOKS}; do sleep $second; ls {run_dir} | grep -qx DONE && break; done"
 
 
-def supervised(start: str, run_dir: str, retries: int, stopped: str = f"sleep {PAUSE_SECONDS}") -> str:
+def supervised(start: str, run_dir: str, retries: int, stopped: str = "") -> str:
     """Bash that runs `start` until there is nothing left to start; it exits with what came of it.
 
-    `run_dir` is shell text, `stopped` what to do about a run that was asked to stop and saved.
+    `run_dir` is shell text, `stopped` what to do about a run that was asked to stop and saved (default: go on here).
     """
     return f"""crashes=0
 while true; do
@@ -43,7 +44,7 @@ while true; do
   if [ $code -eq 0 ]; then {_done(run_dir)} && exit 0; fi
   case $code in
     0) echo "stopped as asked and saved: starting again" >&2
-       {stopped} ;;
+       {stopped or f"sleep {PAUSE_SECONDS}"} ;;
     {'|'.join(map(str, NEVER_RETRIED))}) exit $code ;;
     *) crashes=$((crashes + 1))
        if [ $crashes -gt {retries} ]; then exit $code; fi

@@ -52,10 +52,9 @@ def cluster(arguments: argparse.Namespace) -> Cluster:
 
 def single(job: Job, cluster: Cluster) -> str:
     """The batch script of one run. Its log is RUN_DIR.log."""
-    start = _srun(cluster, train(job.run_dir), f"{job.run_dir}.log")
-    return _script(job.name, job.topology, cluster, job.retries, job.grace_seconds, [
-        f"export {CONFIG_VARIABLE}={shlex.quote(job.config_json)}",
-    ], start, shlex.quote(job.run_dir))
+    lines = [f"export {CONFIG_VARIABLE}={shlex.quote(job.config_json)}"]
+    return _script(job.name, job.topology, cluster, job.retries, job.grace_seconds, f"{job.run_dir}.log", lines,
+                   _srun(cluster, train(job.run_dir)), shlex.quote(job.run_dir))
 
 
 def array(name: str, runs: Sequence[str], out: str, topology: Topology, cluster: Cluster, *, retries: int,
@@ -67,11 +66,10 @@ def array(name: str, runs: Sequence[str], out: str, topology: Topology, cluster:
     out = shlex.quote(out)
     command = f'exec maxlm train {out}/configs/"$run".json --run-dir {out}/runs/"$run"'
     limit = f"%{at_a_time}" if at_a_time else ""
-    return _script(name, topology, cluster, retries, grace_seconds, [
-        f"runs=({' '.join(map(shlex.quote, runs))})",
-        "export run=${runs[$SLURM_ARRAY_TASK_ID]}",
-    ], _srun(cluster, command, None, log_text=f'{out}/logs/"$run".log'), f'{out}/runs/"$run"',
-        more=[f"--array=0-{len(runs) - 1}{limit}"])
+    lines = [f"runs=({' '.join(map(shlex.quote, runs))})", "export run=${runs[$SLURM_ARRAY_TASK_ID]}",
+             f'exec >> {out}/logs/"$run".log 2>&1']
+    return _script(name, topology, cluster, retries, grace_seconds, "/dev/null", lines, _srun(cluster, command),
+                   f'{out}/runs/"$run"', more=[f"--array=0-{len(runs) - 1}{limit}"])
 
 
 def runs_of(script: str) -> list[str]:
@@ -80,23 +78,23 @@ def runs_of(script: str) -> list[str]:
     return shlex.split(line.removeprefix("runs=(").removesuffix(")"))
 
 
-def _srun(cluster: Cluster, command: str, log: str | None, log_text: str = "") -> str:
-    words = ["srun", f"--wait={LAST_TASK_SECONDS}", "--kill-on-bad-exit=0", "--open-mode=append"]
+def _srun(cluster: Cluster, command: str) -> str:
+    words = ["srun", f"--wait={LAST_TASK_SECONDS}", "--kill-on-bad-exit=0"]
     if cluster.image:
         mounts = ",".join(f"{path}:{path}" for path in cluster.mounts)
         words += [f"--container-image={cluster.image}"] + ([f"--container-mounts={mounts}"] if mounts else [])
-    output = shlex.quote(log) if log else log_text
-    return f"{shlex.join(words)} --output={output} bash -c {shlex.quote(command)}"
+    return f"{shlex.join(words)} bash -c {shlex.quote(command)}"
 
 
-def _script(name: str, topology: Topology, cluster: Cluster, retries: int, grace_seconds: int, lines: list[str],
-            start: str, run_dir: str, more: Sequence[str] = ()) -> str:
+def _script(name: str, topology: Topology, cluster: Cluster, retries: int, grace_seconds: int, log: str,
+            lines: list[str], start: str, run_dir: str, more: Sequence[str] = ()) -> str:
     options = [f"--job-name={name}", f"--nodes={topology.hosts}", f"--ntasks-per-node={topology.chips_per_host}"]
     if topology.platform == "gpu":  # not --gpus-per-task, which hides from a task the GPU that JAX gives it by its rank
         options.append(f"--gpus-per-node={topology.chips_per_host}")
     options += [f"--{key}={value}" for key, value in (
         ("partition", cluster.partition), ("account", cluster.account), ("time", cluster.time)) if value]
-    options += [*more, "--requeue", f"--signal=TERM@{grace_seconds}", "--open-mode=append", *cluster.more]
+    options += [*more, f"--output={log}", "--open-mode=append", "--requeue", f"--signal=TERM@{grace_seconds}",
+                *cluster.more]
     header = "\n".join(f"#SBATCH {option}" for option in options)
     requeue = f'scontrol requeue "$SLURM_JOB_ID" && sleep 300; exit {RESTART}'  # it ends this script
     return "\n".join(["#!/bin/bash", header, "", *cluster.setup, *lines,

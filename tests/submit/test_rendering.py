@@ -167,7 +167,8 @@ def test_slurm(monkeypatch, capsys):
     script = rendered("submit_slurm", words, monkeypatch, capsys)
     options = [line.split()[1] for line in script.splitlines() if line.startswith("#SBATCH")]
     assert options[1:] == ["--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu", "--time=1-00:00",
-                           "--requeue", "--signal=TERM@150", "--open-mode=append", "--qos=high"]
+                           "--output=/runs/70b.log", "--open-mode=append", "--requeue", "--signal=TERM@150",
+                           "--qos=high"]
     assert "--container-image=registry/maxlm:1 --container-mounts=/runs:/runs" in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
