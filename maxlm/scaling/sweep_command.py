@@ -95,7 +95,9 @@ def _launcher(arguments: argparse.Namespace, runs: int) -> LocalLauncher | Remot
         return SlurmLauncher(topology, arguments.retries, slurm.cluster(arguments), arguments.jobs, runs)
     if arguments.launcher == "gke":
         topology = job.topology_of(arguments, gke.PLATFORMS)
-        return GkeLauncher(topology, arguments.retries, gke.cluster(arguments), runs)
+        cluster = gke.cluster(arguments)
+        gke.check_kept(str(arguments.out.absolute()), cluster)
+        return GkeLauncher(topology, arguments.retries, cluster, runs)
     device, count = (device_called(arguments.chip), 1) if arguments.chip else devices_here()
     return LocalLauncher(device, count, arguments.jobs, arguments.packed)
 

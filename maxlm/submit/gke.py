@@ -62,11 +62,15 @@ def _pair(option: str, text: str, separator: str) -> tuple[str, str]:
     return key, value
 
 
+def check_kept(path: str, cluster: Cluster) -> None:
+    """Raises ConfigError where no claim holds `path`."""
+    require(any(f"{path.rstrip('/')}/".startswith(f"{mount.rstrip('/')}/") for _, mount in cluster.claims),
+            f"{path} would be lost with its pod: mount a volume that holds it with --claim NAME:/PATH")
+
+
 def jobset(job: Job, cluster: Cluster, labels: dict[str, str] | None = None) -> dict[str, Any]:
     """The manifest of a run. Raises ConfigError where no claim holds the run directory."""
-    run_dir = job.run_dir.rstrip("/")
-    require(any(f"{run_dir}/".startswith(f"{path.rstrip('/')}/") for _, path in cluster.claims),
-            f"--run-dir {job.run_dir} would be lost with its pod: mount a volume that holds it with --claim NAME:/PATH")
+    check_kept(job.run_dir, cluster)
     queueing = {QUEUE: cluster.queue, PRIORITY: cluster.priority}
     tpu = job.topology.platform == "tpu"
     metadata: dict[str, Any] = {

@@ -21,10 +21,10 @@ LOOKS = "0 2 4"  # seconds before each look for DONE, which another host may hav
 PAUSE_SECONDS = 10  # before the next start: processes of the last one may still be leaving
 
 
-def train(run_dir: str, flags: str = "") -> str:
-    """Bash that becomes `maxlm train` of the job's config. `flags` is shell text."""
+def train(run_dir: str) -> str:
+    """Bash that becomes `maxlm train` of the job's config."""
     return (f'config=$(mktemp -d)/config.json && printf %s "${CONFIG_VARIABLE}" > "$config" && '
-            f'exec maxlm train "$config" --run-dir {shlex.quote(run_dir)}{f" {flags}" if flags else ""}')
+            f'exec maxlm train "$config" --run-dir {shlex.quote(run_dir)}')
 
 
 def _done(run_dir: str) -> str:
@@ -55,12 +55,12 @@ done
 """
 
 
-def once(run_dir: str, flags: str = "") -> str:
+def once(run_dir: str) -> str:
     """Bash for a container's first process, whose scheduler reads its exit code: one start.
 
     SIGTERM is passed on, and a run that stopped as asked exits 75, because 0 would mean that it is done.
     """
-    return f"""({train(run_dir, flags)}) &
+    return f"""({train(run_dir)}) &
 child=$!
 trap 'told=1; kill -TERM $child' TERM
 while told=; wait $child; code=$?; [ "$told" ]; do :; done

@@ -70,9 +70,9 @@ def task(job: Job, cluster: Cluster) -> dict[str, Any]:
     if cluster.image:
         resources["image_id"] = f"docker:{cluster.image}"
     several = not tpu and place.hosts > 1
-    flags = (f'--coordinator "$(head -n 1 <<< "$SKYPILOT_NODE_IPS"):{COORDINATOR_PORT}" '
-             '--num-processes "$SKYPILOT_NUM_NODES" --process-id "$SKYPILOT_NODE_RANK"') if several else ""
-    start = f"bash -c {shlex.quote(train(job.run_dir, flags))}"
+    processes = (f'export JAX_COORDINATOR_ADDRESS="$(head -n 1 <<< "$SKYPILOT_NODE_IPS"):{COORDINATOR_PORT}"\n'
+                 'export JAX_NUM_PROCESSES="$SKYPILOT_NUM_NODES" JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"\n')
+    start = f"bash -c {shlex.quote(train(job.run_dir))}"
     return {
         "name": job.name,
         "num_nodes": 1 if tpu else place.hosts,
@@ -80,5 +80,5 @@ def task(job: Job, cluster: Cluster) -> dict[str, Any]:
         "file_mounts": {path: {"source": url, "mode": "MOUNT"} for path, url in cluster.buckets},
         "envs": {CONFIG_VARIABLE: job.config_json},
         **({"setup": "\n".join(cluster.setup) + "\n"} if cluster.setup else {}),
-        "run": supervised(start, shlex.quote(job.run_dir), job.retries),
+        "run": (processes if several else "") + supervised(start, shlex.quote(job.run_dir), job.retries),
     }

@@ -23,8 +23,8 @@ def call(words: Sequence[str], text: str = "") -> str:
                                             "what would be submitted")
     ended = subprocess.run(words, input=text, capture_output=True, text=True)
     lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
-    said = " ".join(lines) or f"exit code {ended.returncode}"
-    require(ended.returncode == 0, f"{shlex.join(words[:3])} refused: {said}")
+    said = lines[-1] if lines else f"exit code {ended.returncode}"
+    require(ended.returncode == 0, f"{shlex.join(words[:3])} failed: {said}")
     return ended.stdout
 
 

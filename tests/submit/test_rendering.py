@@ -224,7 +224,7 @@ def test_the_tool_is_called(name, tool, monkeypatch, capsys, tmp_path):
     assert "MAXLM_CONFIG" in heard.read_text()
     fake_tool(tmp_path, tool, code=1)
     assert run(name, words, monkeypatch) == 2
-    assert "refused: exit code 1" in capsys.readouterr().err
+    assert "failed: exit code 1" in capsys.readouterr().err
 
 
 def test_nothing_starts_jax():
