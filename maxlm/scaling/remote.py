@@ -6,6 +6,7 @@ command gathers results, submits again what failed, and submits branches once th
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -26,7 +27,7 @@ from maxlm.submit.topology import Topology
 SCRIPTS = "slurm"  # in the sweep's folder: each array as it was submitted, named as its job
 
 
-class Remote:
+class Remote(abc.ABC):
     """What the launchers of clusters share. `jobs` is how many runs are planned for at a time."""
 
     share = 1  # runs that use one device at a time
@@ -58,16 +59,16 @@ class Remote:
                 table.event(one)
         return jobs
 
+    @abc.abstractmethod
     def active(self, folder: SweepFolder) -> dict[str, str]:
         """The state of each run that the scheduler still has."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def render(self, folder: SweepFolder, trials: Sequence[Trial]) -> str:
         """What is submitted for these runs."""
-        raise NotImplementedError
 
-    def submit(self, folder: SweepFolder, trials: Sequence[Trial]) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def submit(self, folder: SweepFolder, trials: Sequence[Trial]) -> None: ...
 
 
 class SlurmLauncher(Remote):

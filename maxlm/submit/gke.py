@@ -78,7 +78,7 @@ def jobset(job: Job, cluster: Cluster, labels: dict[str, str] | None = None) -> 
     }
     if cluster.namespace:
         metadata["namespace"] = cluster.namespace
-    if tpu and job.slices > 1:  # a slice is a node pool, and no two jobs share one
+    if tpu and job.topology.hosts > 1:  # such a slice is a node pool, and no two jobs share one
         metadata["annotations"] = {EXCLUSIVE: "cloud.google.com/gke-nodepool"}
     hosts = job.topology.hosts
     return {
