@@ -1,6 +1,7 @@
 """A Slurm cluster of this machine alone: munged, slurmctld and slurmd of our own, on ports of 127.0.0.1.
 
-Everything they write is in one folder, and exactly the processes started here are stopped. Debian: slurm-wlm, munge.
+Everything they write is in one folder, and exactly the processes started here are stopped. Credentials expire after
+5 seconds (120 by default), because a job that was put back into the queue is held for as long. Debian: slurm-wlm, munge.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SlurmctldPort={slurmctld}
 SlurmdPort={slurmd}
 SrunPortRange=0
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser={user}
 SlurmdUser={user}
