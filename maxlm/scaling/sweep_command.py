@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from maxlm.scaling.remote import Remote
 
 LAUNCHERS = ("local", "slurm", "gke")
+CLUSTERS = ("topology", "image", "setup", "retries")  # options of slurm and gke, of slurm, of gke
+SLURM = ("partition", "account", "time", "sbatch", "mount")
+GKE = ("queue", "priority", "namespace", "claim", "node_selector")
+NOT_FOR = {"local": (*CLUSTERS, *SLURM, *GKE), "slurm": GKE, "gke": (*SLURM, "jobs")}
 MISTAKE, UNSAFE = 2, 3
 
 
@@ -28,7 +32,7 @@ def add_options(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument("--dry-run", action="store_true", help="print every run and what it costs, and start none")
     sweep.add_argument("--launcher", choices=LAUNCHERS, default="local", help="where the runs run (default: local)")
     sweep.add_argument("--jobs", type=int, metavar="N",
-                       help="runs at a time (default: one a device; slurm: as there is room)")
+                       help="runs at a time (default: one a device; slurm: as there is room; gke: Kueue's quota)")
     sweep.add_argument("--packed", type=int, metavar="N", default=1,
                        help="up to N runs that differ in seed and learning rate alone are one program (default: 1)")
     sweep.add_argument("--chip", help="with --dry-run: plan for this chip, such as 'NVIDIA H200'")
@@ -75,14 +79,12 @@ def _check(arguments: argparse.Namespace) -> None:
     require(arguments.jobs is None or arguments.jobs > 0, f"--jobs {arguments.jobs} must be 1 or more")
     require(arguments.packed > 0, f"--packed {arguments.packed} must be 1 or more")
     require(arguments.chip is None or arguments.dry_run, "--chip is for --dry-run: runs use the devices that are here")
-    if arguments.launcher == "local":
-        require(arguments.topology is None and arguments.image is None,
-                "--topology and --image are for --launcher slurm and gke: the local one uses the devices that are here")
-        return
-    require(arguments.chip is None, f"--chip is for --launcher local: --topology names {arguments.launcher}'s chip")
-    require(arguments.packed == 1, f"--packed is for --launcher local: {arguments.launcher} starts each run alone")
-    require(arguments.jobs is None or arguments.launcher == "slurm", "--jobs is not for --launcher gke: the quota of "
-                                                                     "Kueue's --queue says how many run at a time")
+    for name in NOT_FOR[arguments.launcher]:
+        require(getattr(arguments, name) in (None, [], job.RETRIES),
+                f"--{name.replace('_', '-')} is not for --launcher {arguments.launcher}: leave it out")
+    if arguments.launcher != "local":
+        require(arguments.chip is None, f"--chip is for --launcher local: --topology names {arguments.launcher}'s chip")
+        require(arguments.packed == 1, f"--packed is for --launcher local: {arguments.launcher} starts each run alone")
 
 
 def _launcher(arguments: argparse.Namespace, runs: int) -> LocalLauncher | Remote:
