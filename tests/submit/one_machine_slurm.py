@@ -1,7 +1,8 @@
 """A Slurm cluster of this machine alone: munged, slurmctld and slurmd of our own, on ports of 127.0.0.1.
 
 Everything they write is in one folder, and exactly the processes started here are stopped. Credentials expire after
-5 seconds (120 by default), because a job that was put back into the queue is held for as long. Debian: slurm-wlm, munge.
+5 seconds (120 by default), because a job that was put back into the queue is held for as long. The packages of Debian
+are slurm-wlm and munge.
 """
 
 from __future__ import annotations
