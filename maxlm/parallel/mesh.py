@@ -1,16 +1,20 @@
-"""The device mesh: six named axes, every one present, most of size 1."""
+"""The device mesh: six named axes, every one present, most of size 1.
+
+The checks need no JAX, so that a submission makes them where there is none.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from typing import TYPE_CHECKING
 
 from maxlm.config import AXES, MeshConfig, ModelConfig, TrainConfig
 from maxlm.schema import ConfigError
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
 
 
 def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -39,6 +43,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     `data` is outermost, so that on several hosts or slices its slow links carry the gradient sum alone;
     `tensor` is innermost, on the fastest links. Raises ConfigError where the sizes do not fit the devices.
     """
+    import jax
+    from jax.experimental import mesh_utils
+    from jax.sharding import AxisType, Mesh
+
     devices = list(jax.devices() if devices is None else devices)
     sizes = axis_sizes(config, len(devices))
     # A pod is a torus of few axes: ours may have to share one of them.
@@ -47,7 +55,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:
-    """Raises ConfigError, naming the field and the fix, where a sharded size is not a multiple of its axes."""
+    """Raises ConfigError, naming the field and the fix, where a sharded size is not a multiple of its axes. Of the mesh
+    it reads `shape` alone."""
     tensor, fsdp, expert = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert"))
     batch = mesh.shape["data"] * fsdp * expert
     microbatch = train.global_batch_size // train.grad_accumulation
