@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "checkpoint": ARITHMETIC | {"parallel", "data"},
     "resilience": ARITHMETIC | {"parallel", "checkpoint"},
     "training": TRAINING,
-    "planning": MODEL | {"training"},
+    "planning": MODEL | {"training", "overrides"},
     "scaling": ARITHMETIC | {"overrides"},
     "interop": MODEL | {"checkpoint", "data"},
     "cli": TRAINING | {"overrides", "planning", "scaling", "interop"},
