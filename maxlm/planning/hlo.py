@@ -277,7 +277,8 @@ def _instruction(rest: str, name: str, root: bool) -> Instruction:
     arguments = rest[opening + 1 : closing - 1]
     return Instruction(
         name=name, opcode=rest[:opening], shapes=tuple(shapes(kind)),
-        operands=tuple(re.findall(r"%([\w.\-]+)", arguments)), arguments=arguments, attributes=rest[closing:], root=root,
+        operands=tuple(re.findall(r"%([\w.\-]+)", arguments)), arguments=arguments, attributes=rest[closing:],
+        root=root,
     )
 
 

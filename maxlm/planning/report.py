@@ -12,12 +12,10 @@ from maxlm.hardware import Chip, Precision, chip_of
 from maxlm.planning.compiled import Compiled, cache_folder, compile_for, identity, versions
 from maxlm.planning.cost import Costs
 from maxlm.planning.hlo import parse
-from maxlm.planning.roofline import Rates, Roofline, Timeline
+from maxlm.planning.rates import MATRIX_UNIT
+from maxlm.planning.roofline import Peaks, Roofline, Timeline
 from maxlm.planning.topology import Target, usable_bytes
 from maxlm.planning.traffic import Layout, Traffic, by_axis
-
-# Width of the matrix unit: cloud.google.com/tpu/docs, system architecture.
-MATRIX_UNIT = {"TPU v4": 128, "TPU v5e": 128, "TPU v5p": 128, "TPU v6e": 256, "TPU7x": 256}
 
 
 def compile_report(config: RunConfig, target: Target, *, codegen: bool = False, fresh: bool = False) -> dict[str, Any]:
@@ -78,7 +76,7 @@ def estimate(config: RunConfig, target: Target, compiled: Compiled, chip: Chip |
     lanes = MATRIX_UNIT.get(chip.name, 1) if chip else 1
     costs = Costs(module, lanes=lanes, rows_used=rows_used(config, facts["axes"]))
     peak = chip.peak(precision_of(config)) or chip.peak("bf16") if chip else None
-    rates = Rates(peak / per_chip, chip.hbm_bytes_per_second / per_chip) if chip else Rates(float("inf"), float("inf"))
+    rates = Peaks(peak / per_chip, chip.hbm_bytes_per_second / per_chip) if chip else Peaks(float("inf"), float("inf"))
     step = Roofline(module, costs, Traffic(module, layout, chip, target), rates).step()
     table = by_axis(step.collectives)
     seconds = step.seconds if chip and target.shape else None

@@ -45,7 +45,7 @@ class Timeline:
 
 
 @dataclass(frozen=True)
-class Rates:
+class Peaks:
     """Of one device: products and bytes a second."""
 
     flops_per_second: float
@@ -53,7 +53,7 @@ class Rates:
 
 
 class Roofline:
-    def __init__(self, module: Module, costs: Costs, traffic: Traffic, rates: Rates):
+    def __init__(self, module: Module, costs: Costs, traffic: Traffic, rates: Peaks):
         self.module, self.costs, self.traffic, self.rates = module, costs, traffic, rates
         self._played: dict[str, Timeline] = {}
 
