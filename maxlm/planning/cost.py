@@ -115,17 +115,16 @@ class Costs:
 
     def _splash(self, node: Instruction, into: list[Shape]) -> Cost:
         """Blocks that a causal mask hides are not computed, those on its edge are, whole."""
-        grid, query = into[0], next(s for s in into if len(s.dims) == 4)
-        key = [s for s in into if len(s.dims) == 4][1]
+        grid, (query, key) = into[0], [s for s in into if s.dtype in ("bf16", "f32") and len(s.dims) >= 3][:2]
         rows, columns = grid.dims[-2:]
         visible = (rows + 1) / (2 * rows) if rows == columns and rows > 1 else 1.0
-        batch, heads, length, head = query.dims
+        *rows_and_heads, length, head = query.dims
         backward = "dkv" in node.name or "dq" in node.name
         fused = "dkv" in node.name and not any("splash_mha_dq" in name for name in self._splash_names())
         kind = "dq" if "dq" in node.name else "dkv" if backward else "fwd"
         products = _FUSED_BACKWARD if fused else _SPLASH[kind]
-        shown = length * key.dims[2] * visible
-        return self._matrix(2.0 * products * batch * heads * shown * head, head)
+        shown = length * key.dims[-2] * visible
+        return self._matrix(2.0 * products * math.prod(rows_and_heads) * shown * head, head)
 
     def _splash_names(self) -> set[str]:
         return {name for c in self.module.computations.values() for name in c.instructions if name.startswith("splash")}
