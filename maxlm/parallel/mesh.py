@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -41,9 +42,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = axis_sizes(config, len(devices))
+    return Mesh(_layout(sizes, devices), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+
+
+def _layout(sizes: dict[str, int], devices: list[jax.Device]) -> np.ndarray:
+    """Devices in the mesh's shape. Several TPU slices meet along `data` alone, outermost."""
+    slices = len({device.slice_index for device in devices}) if hasattr(devices[0], "slice_index") else 1
     # A pod is a torus of few axes: ours may have to share one of them.
-    layout = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    return Mesh(layout, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+    if devices[0].platform != "tpu" or slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    if sizes["data"] % slices:
+        raise ConfigError(f"mesh.data={sizes['data']} is not a multiple of the {slices} slices, which only the network "
+                          f"joins: set mesh.data={slices}, and mesh.fsdp to what one slice has")
+    inside = tuple((sizes | {"data": sizes["data"] // slices}).values())
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, *(1 for _ in inside[1:])), devices,
+                                                allow_split_physical_axes=True)
 
 
 def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:

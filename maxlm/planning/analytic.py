@@ -4,6 +4,7 @@ compiles any, and what benchmarks/roofline_check.py predicts of GPUs. docs/PODS.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,10 +27,15 @@ from maxlm.planning.work import (
 
 LOGITS_BYTES, LOGITS_COPIES = 2**31, 2.5  # a chunk at most (kernels/cross_entropy.py); logits, exponentials, gradient
 MOMENT_BYTES = {"float32": 4, "bfloat16": 2}
-# Of a gather's or scatter's time, the part that shows. TPUs: read from schedules of compiled steps (docs/LOG.md,
-# 2026-11-25); GPUs: the latency-hiding scheduler runs them beside the products of other layers.
-EXPOSED = {"TPU v5e": 0.6, "TPU v6e": 0.6}
+# Of a gather's or scatter's time, the part that shows. TPUs: read from the schedules of compiled steps, where v5e alone
+# gathers beside its products (docs/LOG.md, 2026-11-25); GPUs: the latency-hiding scheduler runs most of it so.
+EXPOSED = {"TPU v5e": 0.8}
 EXPOSED_TPU, EXPOSED_GPU = 1.0, 0.25
+# Where fsdp and expert cover a whole slice, gradients are summed whole there and then cut: twice a scatter's bytes; on
+# v4, v5p and TPU7x gathers are sums of padded buffers as well. Seen on 64 devices and more, not on 4.
+WHOLE_SLICE_DEVICES = 16
+WHOLE_SLICE_GRADIENTS = ("TPU v4", "TPU v5p", "TPU v6e", "TPU7x")
+WHOLE_SLICE_GATHERS = ("TPU v4", "TPU v5p", "TPU7x")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def estimate(config: RunConfig, chip: Chip, axes: Mapping[str, int], links: Mapp
     rates, share = rates_of(chip, config.model.head_dim), share_of(config, axes)
     kinds = _seconds_by_kind(config, share, rates)
     kinds = {kind: seconds * chip.devices_per_chip for kind, seconds in kinds.items()}
-    wire = _wire_bytes(config, axes, share)
+    wire = _wire_bytes(config, axes, share, chip)
     hidden = EXPOSED_TPU if chip.name.startswith("TPU") else EXPOSED_GPU
     exposed = 0.0
     for axis, moved in wire.items():
@@ -62,9 +68,7 @@ def estimate(config: RunConfig, chip: Chip, axes: Mapping[str, int], links: Mapp
         exposed += shown * _wire_seconds(axis, moved, chip, rates, links, dcn_slices)
     memory = _memory(config, share, axes)
     seconds = sum(kinds.values()) + exposed
-    devices = 1
-    for size in axes.values():
-        devices *= size
+    devices = math.prod(axes.values())
     tokens = config.train.global_batch_size * config.train.seq_len
     chips = devices / chip.devices_per_chip
     peak = chip.peak("fp8" if config.precision.recipe.startswith("fp8") else "bf16") or chip.peak_flops["bf16"]
@@ -114,15 +118,18 @@ def _backward(part: Part, rates: Rates) -> float:
     return part.backward_flops / _rate(part, rates, True) + part.backward_bytes / rates.memory
 
 
-def _wire_bytes(config: RunConfig, axes: Mapping[str, int], share: Share) -> dict[str, float]:
+def _wire_bytes(config: RunConfig, axes: Mapping[str, int], share: Share, chip: Chip) -> dict[str, float]:
     """What a device sends in a step, by mesh axis, were every collective done in a ring."""
     model, count = config.model, parameter_count(config.model)
     part = lambda ways: (ways - 1) / ways  # noqa: E731
     whole = (count.total - count.experts) / share.tensor
     experts = count.experts / share.tensor / share.expert
-    passes = 3 if config.remat.policy in ("full", "names", "dots") else 2  # gathers forward, again, and for gradients
-    moved: dict[str, float] = {}
     ways = share.fsdp * share.expert
+    alone = WHOLE_SLICE_DEVICES < ways == math.prod(axes.values()) // axes["data"]
+    passes = 1 if config.remat.policy == "none" else 2  # gathers forward, and again
+    passes *= 2 if alone and chip.name in WHOLE_SLICE_GATHERS else 1
+    passes += 2 if alone and chip.name in WHOLE_SLICE_GRADIENTS else 1
+    moved: dict[str, float] = {}
     if ways > 1:  # weights gathered in 16 bits, gradients scattered in 16; the vocabulary's in float32
         gathered = HALF * (whole * part(ways) + experts * part(share.fsdp))
         tables = (FULL - HALF) * 2 * model.vocab_size * model.hidden_dim / share.tensor * part(ways)
@@ -157,18 +164,20 @@ def _memory(config: RunConfig, share: Share, axes: Mapping[str, int]) -> dict[st
     moments = MOMENT_BYTES[optimizer.mu_dtype] + MOMENT_BYTES[optimizer.nu_dtype]
     kept = sum(count * _kept_numbers(config, sparse, share) for count, sparse, _ in layers_of(model))
     once = max(_layer_numbers(config, sparse, share) for _, sparse, _ in layers_of(model))
-    activations = HALF * share.tokens * (kept + (once if config.remat.policy != "none" else 0.0))
+    activations = HALF * share.tokens * kept
+    again = HALF * share.tokens * once if config.remat.policy != "none" else 0.0
     logits = min(FULL * share.tokens * model.vocab_size / share.tensor, LOGITS_BYTES) * LOGITS_COPIES
     table = model.vocab_size * model.hidden_dim / share.tensor
     gradients = FULL * stored * (2 if share.microbatches > 1 else 1)
-    layer_weights = HALF * _layer_parameters(config, share) * 2 + (HALF + FULL) * table
+    # Either the head with its table and that one's gradient, or a layer done again with its weights and gradients.
+    head, layer = logits + (HALF + FULL) * table, again + 2 * HALF * _layer_parameters(config, share)
     whole_weights = 0.0
     if config.compute.layer_unroll == "all" and config.remat.policy == "none":  # every layer's cast stays
         whole_weights = HALF * parameter_count(model).non_embedding / share.tensor / share.expert
     if config.compute.layer_unroll == "all":  # gradients come when activations go
         gradients = max(0.0, gradients - activations - logits) if share.microbatches == 1 else gradients / 2
     return {"parameters": FULL * stored, "optimizer": moments * stored, "gradients": gradients,
-            "activations": activations, "logits": logits, "weights in use": max(layer_weights, whole_weights)}
+            "activations": activations, "layer or head in work": max(head, layer), "weights": whole_weights}
 
 
 def _kept_numbers(config: RunConfig, sparse: bool, share: Share) -> float:
@@ -201,7 +210,7 @@ def _layer_numbers(config: RunConfig, sparse: bool, share: Share) -> float:
     rows = 0.0
     if sparse:
         room = 1.0 if share.expert == 1 else model.moe.buffer_factor or model.moe.capacity_factor or share.expert
-        rows = model.experts_per_token * (2 * width + 3 * model.expert_dim / tensor) * room
+        rows = 1.6 * model.experts_per_token * (2 * width + 3 * model.expert_dim / tensor) * room
         units = 3 * model.moe.shared_experts * model.expert_dim
     return 1.5 * (4 * width + (2 * heads + keys + units) / tensor + rows)
 
