@@ -76,3 +76,28 @@ def _drawn(*columns: str) -> Any:
 
 def _size(value: float) -> str:
     return f"{value / 1e9:,.2f} GB" if value >= 1e7 else f"{value / 1e6:,.3f} MB"
+
+
+def print_plan(rows: list[dict[str, Any]]) -> None:
+    """The ranked table of a plan on stdout, and the options of its best row."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    drawn = _drawn("mesh", "rows", "microbatches", "remat", "GB a chip", "s a step", "tokens/s/chip", "MFU",
+                   "analytic s")
+    for row in rows:
+        values = row["values"]
+        mesh = " ".join(f"{key.removeprefix('mesh.')}={size}" for key, size in values.items()
+                        if key.startswith("mesh.") and size != 1)
+        told = ("", "refused", "", "") if row["refused"] else (
+            f"{row['bytes_per_chip'] / 1e9:.1f}" + ("" if row["fits"] else " too much"),
+            f"{row['step_seconds_estimate']:.3g}", f"{row['tokens_per_second_per_chip_estimate']:,.0f}",
+            f"{row['mfu_estimate']:.1%}")
+        drawn.add_row(mesh or "one device", str(row["rows_per_device"]), str(values["train.grad_accumulation"]),
+                      values["remat.policy"], *told, f"{row['analytic_step_seconds']:.3g}")
+    console.print(drawn)
+    if rows and rows[0].get("fits"):
+        console.print(f"best: {rows[0]['dominating_term']}", style="bold")
+        print(rows[0]["set"])
+    else:
+        console.print("none of the compiled layouts fits; the table says by how much", style="bold")

@@ -20,6 +20,11 @@ def add_verbs(verb: Verb, add_overrides: Callable[[argparse.ArgumentParser], Non
                         "long: its bytes are counted, and a kernel that the chip cannot hold is found")
     parser.add_argument("--fresh", action="store_true", help="compile again what the cache holds")
 
+    parser = verb("plan", plan_step, "search mesh, batch a chip and remat for a TPU slice, and compile the best")
+    _common(parser, add_overrides)
+    parser.add_argument("--confirm", type=int, default=4, metavar="N", help="layouts that fit to compile (default: 4)")
+    parser.add_argument("--jobs", type=int, help="compiles at a time (default: one a core, 4 at most)")
+
 
 def _common(parser: argparse.ArgumentParser, add_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
     parser.add_argument("config", help="a Python file with config() -> RunConfig")
@@ -46,6 +51,30 @@ def compile_step(arguments: argparse.Namespace) -> None:
     print_report({"recipe": Path(arguments.config).stem} | record)
     if arguments.json:
         write_atomically(arguments.json, {"recipe": Path(arguments.config).stem} | record)
+
+
+def plan_step(arguments: argparse.Namespace) -> None:
+    """Prints the ranked table and writes it as JSON. Raises ConfigError where nothing can fit, saying what would."""
+    import sys
+
+    from maxlm.overrides import apply_overrides, load_config
+    from maxlm.planning.plan import plan, ranked
+    from maxlm.planning.report import write_atomically
+    from maxlm.planning.table import print_plan
+    from maxlm.planning.topology import find_target
+
+    require(arguments.confirm >= 1, f"--confirm={arguments.confirm} must be 1 or more")
+    require(arguments.jobs is None or arguments.jobs >= 1, f"--jobs={arguments.jobs} must be 1 or more")
+    target = find_target(arguments.topology, arguments.slices)
+    config = apply_overrides(load_config(arguments.config), arguments.overrides)
+    if arguments.json:
+        check_writable(arguments.json)
+    tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    rows = ranked(plan(config, target, confirm=arguments.confirm, jobs=arguments.jobs, tell=tell), config)
+    print_plan(rows)
+    if arguments.json:
+        write_atomically(arguments.json, {"recipe": Path(arguments.config).stem, "topology": target.name,
+                                          "slices": target.slices, "layouts": rows})
 
 
 def check_writable(path: Path) -> None:
