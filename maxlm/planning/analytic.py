@@ -184,11 +184,11 @@ def _kept_numbers(config: RunConfig, sparse: bool, share: Share) -> float:
     """Numbers a token that a layer keeps for its backward pass."""
     model, policy = config.model, config.remat.policy
     tensor = share.tensor
-    width, heads = model.hidden_dim, model.num_heads * model.head_dim
+    width, heads = model.hidden_dim / share.stream, model.num_heads * model.head_dim
     keys = 2 * model.num_kv_heads * model.head_dim
     units = (model.experts_per_token * model.expert_dim + model.moe.shared_experts * model.expert_dim
              if sparse else model.mlp_dim)
-    rows = model.experts_per_token * width if sparse else 0.0
+    rows = model.experts_per_token * model.hidden_dim if sparse else 0.0
     into = units * (1 if model.activation == "gelu" else 2)
     # fp8 keeps its products' operands in 8 bits, but attention's output, which attention keeps in 16, twice.
     in_8_bits = (2 * width + (units - heads) / tensor) / 2 if config.precision.recipe == "fp8" and not sparse else 0.0

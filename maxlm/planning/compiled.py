@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,9 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 REQUEST, FACTS, TEXT = "request.json", "facts.json", "program.txt"
 HLO = "*.after_optimizations_after_buffer_assignment.txt"
 BUFFERS = "*.after_optimizations-buffer-assignment.txt"
+UNASSIGNED = "*.after_optimizations_before_buffer_assignment.txt"
+_TOO_LARGE = re.compile(r"CompileTimeHbmOom.*?\(([\d.]+)([KMGT])\) exceeds available HBM")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # What libtpu asks for where there is no TPU, and says so at length if it is not there.
 _QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
           "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -33,7 +37,8 @@ _QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler said: `facts` of child.py, the optimized HLO, bytes of a device's memory by kind."""
+    """What the compiler said: `facts` of child.py, the optimized HLO ('' where it was refused before there was one),
+    bytes of a device's memory by kind."""
 
     facts: dict[str, Any]
     hlo: str
@@ -45,7 +50,8 @@ class CompileError(ConfigError):
 
 
 def compile_for(config: RunConfig, target: Target, *, codegen: bool = False, timeout: float = 3600) -> Compiled:
-    """Compiles the step in a child process, so that this one never starts an accelerator runtime.
+    """Compiles the step in a child process, so that this one never starts an accelerator runtime. A step that does not
+    fit is an answer too: what it would need, and its program as far as the compiler took it.
 
     Raises ConfigError where the config does not suit the target, CompileError where the compiler refuses the step.
     """
@@ -57,6 +63,8 @@ def compile_for(config: RunConfig, target: Target, *, codegen: bool = False, tim
                               text=True, env=_environment(target, folder), timeout=timeout)
         if done.returncode == USER_MISTAKE:
             raise ConfigError(done.stderr.strip().splitlines()[-1])
+        if done.returncode and (needed := _TOO_LARGE.search(done.stderr)):
+            return _too_large(folder, float(needed[1]) * _UNITS[needed[2]])
         if done.returncode:
             raise CompileError(f"the step does not compile for {target.name}: {_why(done)}")
         return _read(folder, target)
@@ -77,7 +85,7 @@ def _environment(target: Target, folder: Path) -> dict[str, str]:
 def _why(done: subprocess.CompletedProcess) -> str:
     """The line of an error that says most."""
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    telling = [line for line in lines if "RESOURCE_EXHAUSTED" in line or "Error" in line]
+    telling = [line for line in lines if "RESOURCE_EXHAUSTED" in line or "Error: " in line]
     return (telling or lines or [f"exit code {done.returncode}"])[-1].strip()
 
 
@@ -93,6 +101,15 @@ def _read(folder: Path, target: Target) -> Compiled:
         raise CompileError(f"the compiler left no dump of its program for {target.name}: libtpu {_version('libtpu')} "
                            "has changed what it writes; use the libtpu that jax was released with")
     return Compiled(facts, text.read_text(), assigned_bytes(buffers.read_text()))
+
+
+def _too_large(folder: Path, needed: float) -> Compiled:
+    """Of a step that the compiler refused for its size: all that it needs, in bytes, is in the refusal."""
+    facts = json.loads((folder / FACTS).read_text())
+    arguments = facts["parameter_bytes"] + facts["optimizer_bytes"]
+    text = next(folder.glob(UNASSIGNED), None)
+    return Compiled(facts | {"compile_seconds": None}, text.read_text() if text else "",
+                    {"arguments": arguments, "temporaries": int(needed) - arguments, "constants": 0})
 
 
 def identity(config: RunConfig, target: Target, codegen: bool) -> str:

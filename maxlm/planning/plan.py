@@ -92,7 +92,7 @@ def plan(config: RunConfig, target: Target, *, confirm: int = 4, most: int = 10,
                 confirmed.append(future.result())
                 search.learn(confirmed[-1])
                 tell(_told(confirmed[-1], config))
-    return sorted(confirmed, key=lambda c: (not c.fits, c.record["step_seconds_estimate"] if c.record else math.inf))
+    return sorted(confirmed, key=lambda c: (not c.fits, c.record["step_seconds_estimate"] if c.fits else math.inf))
 
 
 def _compile(candidate: Candidate, target: Target) -> Confirmed:
@@ -106,9 +106,10 @@ def _told(confirmed: Confirmed, given: RunConfig) -> str:
     record, layout = confirmed.record, confirmed.candidate.overrides(given)
     if record is None:
         return f"refused: {layout}: {confirmed.refused}"
-    verdict = "fits" if record["fits"] else "does not fit"
-    return (f"{verdict}: {record['bytes_per_chip'] / 1e9:.1f} GB, {record['step_seconds_estimate']:.3g} s, "
-            f"MFU {record['mfu_estimate']:.1%}: {layout}")
+    size = f"{record['bytes_per_chip'] / 1e9:.1f} GB"
+    if not record["fits"]:
+        return f"does not fit: {size}: {layout}"
+    return f"fits: {size}, {record['step_seconds_estimate']:.3g} s, MFU {record['mfu_estimate']:.1%}: {layout}"
 
 
 def ranked(confirmed: list[Confirmed], given: RunConfig) -> list[dict[str, Any]]:

@@ -70,6 +70,10 @@ def judge(config: RunConfig, target: Target, compiled: Compiled) -> dict[str, An
 
 def estimate(config: RunConfig, target: Target, compiled: Compiled, chip: Chip | None, flops: float) -> dict[str, Any]:
     """The part of the record that is about collectives and time."""
+    if not compiled.hlo:
+        return {"collective_bytes": {}, "collectives": {}, "step_seconds_estimate": None, "roofline": None,
+                "tokens_per_second_per_chip_estimate": None, "mfu_estimate": None, "dominating_term": None,
+                "executed_flops_per_device": None, "warnings": ["the compiler refused it before it wrote a program"]}
     module, facts = parse(compiled.hlo), compiled.facts
     layout = Layout(facts["axes"], tuple(map(tuple, facts["coords"])), tuple(facts["slices"]))
     devices, per_chip = len(layout.coords), chip.devices_per_chip if chip else 1

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
-from maxlm.config import RunConfig
-from maxlm.overrides import with_values
+from maxlm.config import MeshConfig, RunConfig
 from maxlm.parallel.mesh import check_divisible
 from maxlm.planning.analytic import Estimate, estimate
 from maxlm.planning.topology import Target, find_target
@@ -76,13 +75,14 @@ def _meshes(config: RunConfig, target: Target) -> Iterator[dict[str, int]]:
 
 def _candidate(config: RunConfig, target: Target, axes: dict[str, int], rows: int, accumulation: int,
                policy: str) -> Candidate | None:
-    values = {f"mesh.{axis}": axes[axis] for axis in ("data", "fsdp", "expert", "tensor")}
-    values |= {"train.grad_accumulation": accumulation, "remat.policy": policy}
-    laid_out = with_values(config, values)
+    train = replace(config.train, grad_accumulation=accumulation)
     try:
-        check_divisible(SimpleNamespace(shape=axes), laid_out.model, laid_out.train)
+        check_divisible(SimpleNamespace(shape=axes), config.model, train)
     except ConfigError:
         return None
+    laid_out = replace(config, mesh=MeshConfig(**axes), train=train, remat=replace(config.remat, policy=policy))
+    values = {f"mesh.{axis}": axes[axis] for axis in ("data", "fsdp", "expert", "tensor")}
+    values |= {"train.grad_accumulation": accumulation, "remat.policy": policy}
     inside = axes | {"data": axes["data"] // target.slices}
     expected = estimate(laid_out, target.chip, axes, axis_links(target, inside), dcn_slices=target.slices)
     return Candidate(tuple(values.items()), laid_out, rows, expected)

@@ -23,7 +23,8 @@ def print_report(record: dict[str, Any]) -> None:
 
 def verdict(record: dict[str, Any]) -> str:
     """One line: whether it fits, and how fast it can go at most."""
-    took = "from the cache" if record["cached"] else f"compiled in {record['compile_seconds']:.1f} s"
+    took = "from the cache" if record["cached"] else "refused by the compiler" if record["compile_seconds"] is None else (
+        f"compiled in {record['compile_seconds']:.1f} s")
     if record["fits"] is None:
         return f"needs {_size(record['bytes_per_chip'])}; the chip is not known, so no room and no time ({took})"
     fits = "fits" if record["fits"] else "DOES NOT FIT"
@@ -91,8 +92,9 @@ def print_plan(rows: list[dict[str, Any]]) -> None:
                         if key.startswith("mesh.") and size != 1)
         told = ("", "refused", "", "") if row["refused"] else (
             f"{row['bytes_per_chip'] / 1e9:.1f}" + ("" if row["fits"] else " too much"),
-            f"{row['step_seconds_estimate']:.3g}", f"{row['tokens_per_second_per_chip_estimate']:,.0f}",
-            f"{row['mfu_estimate']:.1%}")
+            *(("", "", "") if row["step_seconds_estimate"] is None else (
+                f"{row['step_seconds_estimate']:.3g}", f"{row['tokens_per_second_per_chip_estimate']:,.0f}",
+                f"{row['mfu_estimate']:.1%}")))
         drawn.add_row(mesh or "one device", str(row["rows_per_device"]), str(values["train.grad_accumulation"]),
                       values["remat.policy"], *told, f"{row['analytic_step_seconds']:.3g}")
     console.print(drawn)

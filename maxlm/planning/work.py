@@ -13,6 +13,7 @@ from typing import Literal
 
 from maxlm.config import ModelConfig, RunConfig
 from maxlm.flops import mean_visible_keys, parameter_count
+from maxlm.parallel.sharding import ACTIVATION
 
 Kind = Literal["gemm", "fp8", "attention", "grouped", "memory"]
 HALF, FULL = 2, 4  # bytes of activations and of masters
@@ -46,10 +47,15 @@ class Share:
     """What one device has of a step: `tokens` of one microbatch, and the sizes of the axes that split the model."""
 
     tokens: float
-    fsdp: int
+    fsdp: int  # and context, which splits what fsdp splits
     expert: int
     tensor: int
     microbatches: int
+
+    @property
+    def stream(self) -> int:
+        """Devices of `tensor` that split the tokens of the residual stream between sublayers."""
+        return self.tensor if "tensor" in ACTIVATION.get("stream", ()) else 1
 
     @property
     def shards(self) -> int:
@@ -60,7 +66,7 @@ class Share:
 def share_of(config: RunConfig, axes: Mapping[str, int]) -> Share:
     train = config.train
     rows = train.global_batch_size / train.grad_accumulation / (axes["data"] * axes["fsdp"] * axes["expert"])
-    return Share(rows * train.seq_len / axes.get("context", 1), axes["fsdp"], axes["expert"], axes["tensor"],
+    return Share(rows * train.seq_len / axes["context"], axes["fsdp"] * axes["context"], axes["expert"], axes["tensor"],
                  train.grad_accumulation)
 
 
@@ -79,8 +85,8 @@ def layer_parts(config: RunConfig, share: Share, *, sparse: bool, window: int | 
         Part("attention", "attention", attention, 2.5 * attention),
         # norms and residual sums read and write the stream; rotary and the split pass over queries, keys and values
         Part("norms, residual, rotary", "memory",
-             forward_bytes=tokens * HALF * (6 * width + 2 * (heads + keys) / tensor),
-             backward_bytes=tokens * HALF * (8 * width + 2 * (heads + keys) / tensor)),
+             forward_bytes=tokens * HALF * (6 * width / share.stream + 2 * (heads + keys) / tensor),
+             backward_bytes=tokens * HALF * (8 * width / share.stream + 2 * (heads + keys) / tensor)),
     ]
     parts += _experts(model, share) if sparse else _mlp(model, tokens, tensor, model.mlp_dim, site("mlp"))
     if sparse and model.moe.shared_experts:

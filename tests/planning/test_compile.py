@@ -91,6 +91,16 @@ def test_the_verb_prints_and_writes_and_remembers(recipe, tmp_path, capfd):
 
 
 @pytest.mark.slow
+def test_what_does_not_fit_is_an_answer(recipe, tmp_path, capfd):
+    large = ["--set", "train.global_batch_size=4096", "--set", "train.seq_len=2048", "--set", "remat.policy=none",
+             "--set", "train.grad_accumulation=1"]
+    assert main(["compile", str(recipe), "--topology", "v5e:2x2", "--json", str(tmp_path / "r.json"), *large]) == 0
+    assert "DOES NOT FIT" in capfd.readouterr().out
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["fits"] is False and record["bytes_per_chip"] > 10 * record["hbm_bytes"]
+
+
+@pytest.mark.slow
 def test_what_is_attached_is_compiled_too(recipe, tmp_path, capfd):
     assert os.environ["JAX_PLATFORMS"] == "cpu"
     small = ["--set", "train.global_batch_size=16", "--set", "model.num_layers=2", "--set", "train.seq_len=64",
