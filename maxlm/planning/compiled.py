@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,12 +60,13 @@ def compile_for(config: RunConfig, target: Target, *, codegen: bool = False, tim
     try:
         request = {"config": to_dict(config), "topology": target.name, "slices": target.slices, "codegen": codegen}
         (folder / REQUEST).write_text(json.dumps(request))
+        clock = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "maxlm.planning.child", str(folder)], capture_output=True,
                               text=True, env=_environment(target, folder), timeout=timeout)
         if done.returncode == USER_MISTAKE:
             raise ConfigError(done.stderr.strip().splitlines()[-1])
         if done.returncode and (needed := _TOO_LARGE.search(done.stderr)):
-            return _too_large(folder, float(needed[1]) * _UNITS[needed[2]])
+            return _too_large(folder, float(needed[1]) * _UNITS[needed[2]], time.perf_counter() - clock)
         if done.returncode:
             raise CompileError(f"the step does not compile for {target.name}: {_why(done)}")
         return _read(folder, target)
@@ -103,12 +105,12 @@ def _read(folder: Path, target: Target) -> Compiled:
     return Compiled(facts, text.read_text(), assigned_bytes(buffers.read_text()))
 
 
-def _too_large(folder: Path, needed: float) -> Compiled:
+def _too_large(folder: Path, needed: float, seconds: float) -> Compiled:
     """Of a step that the compiler refused for its size: all that it needs, in bytes, is in the refusal."""
     facts = json.loads((folder / FACTS).read_text())
     arguments = facts["parameter_bytes"] + facts["optimizer_bytes"]
     text = next(folder.glob(UNASSIGNED), None)
-    return Compiled(facts | {"compile_seconds": None}, text.read_text() if text else "",
+    return Compiled(facts | {"compile_seconds": seconds}, text.read_text() if text else "",
                     {"arguments": arguments, "temporaries": int(needed) - arguments, "constants": 0})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maxlm.planning.hlo import Computation, Instruction, Module, Shape
@@ -29,19 +30,20 @@ _FUSED_BACKWARD = 5
 @dataclass(frozen=True)
 class Cost:
     flops: float = 0.0
-    padded_flops: float = 0.0  # as the matrix unit does them
+    unit_flops: float = 0.0  # what the matrix unit does meanwhile in bf16: dims filled up, 8-bit products faster
     bytes: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.padded_flops + other.padded_flops, self.bytes + other.bytes)
+        return Cost(self.flops + other.flops, self.unit_flops + other.unit_flops, self.bytes + other.bytes)
 
 
 class Costs:
     """Costs of one module's instructions. `lanes`: the matrix unit's width (1: any size is as good). `rows_used`: which
-    part of the rows that experts have room for holds tokens, at an even load."""
+    part of the rows that experts have room for holds tokens, at an even load. `fp8`: a product's speed in 8 bits over
+    that in bf16."""
 
-    def __init__(self, module: Module, *, lanes: int = 1, rows_used: float = 1.0):
-        self.module, self.lanes, self.rows_used = module, lanes, rows_used
+    def __init__(self, module: Module, *, lanes: int = 1, rows_used: float = 1.0, fp8: float = 1.0):
+        self.module, self.lanes, self.rows_used, self.fp8 = module, lanes, rows_used, fp8
         self._inner: dict[str, Cost] = {}
 
     def of(self, computation: Computation, node: Instruction) -> Cost:
@@ -74,16 +76,17 @@ class Costs:
             return self._kernel(computation, node)
         return Cost()
 
-    def _matrix(self, flops: float, *dims: int) -> Cost:
+    def _matrix(self, flops: float, operands: Sequence[Shape], *dims: int) -> Cost:
         """`dims`: sizes that lie along the matrix unit's sides."""
         waste = math.prod(math.ceil(dim / self.lanes) * self.lanes / dim for dim in dims if dim)
-        return Cost(flops, flops * waste)
+        eight = all(shape.dtype.startswith("f8") for shape in operands)
+        return Cost(flops, flops * waste / (self.fp8 if eight else 1.0))
 
     def _dot(self, computation: Computation, node: Instruction) -> Cost:
-        left = computation[node.operands[0]].shape
+        left, right = (computation[name].shape for name in node.operands[:2])
         contracted = [int(d) for d in re.findall(r"\d+", node.attribute("lhs_contracting_dims") or "")]
         inner = math.prod(left.dims[dim] for dim in contracted)
-        return self._matrix(2.0 * node.shape.elements * inner, inner)
+        return self._matrix(2.0 * node.shape.elements * inner, (left, right), inner)
 
     def _convolution(self, computation: Computation, node: Instruction) -> Cost:
         """TPUs write every product as a convolution; with padding, most taps of a window may lie outside."""
@@ -96,7 +99,7 @@ class Costs:
             pairs *= _taps(left.dims[lhs.index(axis)], node.shape.dims[out.index(axis)], **window[int(axis)])
         features, inner = node.shape.dims[out.index("f")], right.dims[rhs.index("i")]
         batch = node.shape.dims[out.index("b")]
-        return self._matrix(2.0 * batch * features * inner * pairs, inner)
+        return self._matrix(2.0 * batch * features * inner * pairs, (left, right), inner)
 
     def _kernel(self, computation: Computation, node: Instruction) -> Cost:
         into = [computation[name].shape for name in node.operands]
@@ -110,7 +113,7 @@ class Costs:
             columns = node.shape.dims[-1]
             if len(node.shape.dims) == 3:  # a gradient of the experts' weights: rows are summed over
                 inner = node.shape.dims[1]
-            return self._matrix(2.0 * rows * inner * columns * self.rows_used, inner, columns)
+            return self._matrix(2.0 * rows * inner * columns * self.rows_used, floats, inner, columns)
         return Cost()
 
     def _splash(self, node: Instruction, into: list[Shape]) -> Cost:
@@ -124,7 +127,7 @@ class Costs:
         kind = "dq" if "dq" in node.name else "dkv" if backward else "fwd"
         products = _FUSED_BACKWARD if fused else _SPLASH[kind]
         shown = length * key.dims[-2] * visible
-        return self._matrix(2.0 * products * math.prod(rows_and_heads) * shown * head, head)
+        return self._matrix(2.0 * products * math.prod(rows_and_heads) * shown * head, (query, key), head)
 
     def _splash_names(self) -> set[str]:
         return {name for c in self.module.computations.values() for name in c.instructions if name.startswith("splash")}

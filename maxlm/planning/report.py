@@ -9,6 +9,7 @@ from typing import Any
 from maxlm.config import RunConfig
 from maxlm.flops import training_flops_per_token
 from maxlm.hardware import Chip, Precision, chip_of
+from maxlm.planning import analytic
 from maxlm.planning.compiled import Compiled, cache_folder, compile_for, identity, versions
 from maxlm.planning.cost import Costs
 from maxlm.planning.hlo import parse
@@ -16,6 +17,8 @@ from maxlm.planning.rates import MATRIX_UNIT
 from maxlm.planning.roofline import Peaks, Roofline, Timeline
 from maxlm.planning.topology import Target, usable_bytes
 from maxlm.planning.traffic import Layout, Traffic, by_axis
+
+_NO_PEAKS = Peaks(float("inf"), float("inf"))
 
 
 def compile_report(config: RunConfig, target: Target, *, codegen: bool = False, fresh: bool = False) -> dict[str, Any]:
@@ -78,13 +81,18 @@ def estimate(config: RunConfig, target: Target, compiled: Compiled, chip: Chip |
     layout = Layout(facts["axes"], tuple(map(tuple, facts["coords"])), tuple(facts["slices"]))
     devices, per_chip = len(layout.coords), chip.devices_per_chip if chip else 1
     lanes = MATRIX_UNIT.get(chip.name, 1) if chip else 1
-    costs = Costs(module, lanes=lanes, rows_used=rows_used(config, facts["axes"]))
-    peak = chip.peak(precision_of(config)) or chip.peak("bf16") if chip else None
-    rates = Peaks(peak / per_chip, chip.hbm_bytes_per_second / per_chip) if chip else Peaks(float("inf"), float("inf"))
-    step = Roofline(module, costs, Traffic(module, layout, chip, target), rates).step()
-    table = by_axis(step.collectives)
-    seconds = step.seconds if chip and target.shape else None
-    tokens = config.train.global_batch_size * config.train.seq_len
+    fp8 = (chip.peak("fp8") or 0.0) / chip.peak_flops["bf16"] if chip else 1.0
+    costs = Costs(module, lanes=lanes, rows_used=rows_used(config, facts["axes"]), fp8=max(1.0, fp8))
+    peaks = Peaks(chip.peak_flops["bf16"] / per_chip, chip.hbm_bytes_per_second / per_chip) if chip else _NO_PEAKS
+    step = Roofline(module, costs, Traffic(module, layout, chip, target), peaks).step()
+    seconds, roofline, words = None, None, None
+    if chip and target.shape:
+        seconds, roofline, words = step.seconds, terms(step), in_words(step)
+    elif chip:  # of a GPU the program's kernels say little about their time
+        found = analytic.estimate(config, chip, facts["axes"])
+        seconds, roofline, words = found.seconds, analytic_terms(found), _largest(found)
+    peak = chip.peak(precision_of(config)) or chip.peak_flops["bf16"] if chip else None
+    tokens, table = config.train.global_batch_size * config.train.seq_len, by_axis(step.collectives)
     rate = tokens / seconds / (devices / per_chip) if seconds else None
     return {
         "collective_bytes": {axis: {kind: row["bytes"] for kind, row in kinds.items()}
@@ -93,8 +101,8 @@ def estimate(config: RunConfig, target: Target, compiled: Compiled, chip: Chip |
         "step_seconds_estimate": seconds,
         "tokens_per_second_per_chip_estimate": rate,
         "mfu_estimate": flops / seconds / (peak * devices / per_chip) if seconds else None,
-        "roofline": terms(step) if seconds else None,
-        "dominating_term": in_words(step) if seconds else None,
+        "roofline": roofline,
+        "dominating_term": words,
         "executed_flops_per_device": step.flops,
         "warnings": warnings(step),
     }
@@ -116,7 +124,6 @@ def rows_used(config: RunConfig, axes: dict[str, int]) -> float:
 def terms(step: Timeline) -> dict[str, float]:
     return {
         "compute_seconds": step.compute_seconds,
-        "matrix_unit_seconds": step.padded_compute_seconds,
         "hbm_seconds": step.memory_seconds,
         "ici_seconds": step.total("ici_seconds"),
         "dcn_seconds": step.total("dcn_seconds"),
@@ -125,14 +132,26 @@ def terms(step: Timeline) -> dict[str, float]:
     }
 
 
+def analytic_terms(found: analytic.Estimate) -> dict[str, float]:
+    return {f"{kind}_seconds": seconds for kind, seconds in found.kinds.items()} | {
+        "exposed_collective_seconds": found.exposed_seconds}
+
+
+def _largest(found: analytic.Estimate) -> str:
+    kind = max(found.kinds, key=found.kinds.__getitem__)
+    name = {"gemm": "matrix products", "fp8": "8-bit matrix products", "grouped": "experts' products",
+            "memory": "memory traffic"}.get(kind, kind)
+    return f"{name}: {found.kinds[kind] / found.seconds:.0%} of the step, by the calibrated model"
+
+
 def in_words(step: Timeline) -> str:
     waited = sum(step.exposed.values())
     working = step.seconds - waited
     if waited > working:
         axis = max(step.exposed, key=step.exposed.__getitem__)
         return f"collectives over {axis}: {step.exposed[axis] / step.seconds:.0%} of the step is waiting for them"
-    bound = "matrix products" if step.padded_compute_seconds >= step.memory_seconds else "memory traffic"
-    busy = max(step.padded_compute_seconds, step.memory_seconds)
+    bound = "matrix products" if step.compute_seconds >= step.memory_seconds else "memory traffic"
+    busy = max(step.compute_seconds, step.memory_seconds)
     return (f"{bound}: {min(1.0, busy / step.seconds):.0%} of the step at the chip's peak; "
             f"{waited / step.seconds:.0%} is waiting for collectives")
 

@@ -23,8 +23,7 @@ class Timeline:
     """What one run of a computation takes, in seconds, and what its loops and calls take with it."""
 
     seconds: float = 0.0
-    compute_seconds: float = 0.0  # products at the peak
-    padded_compute_seconds: float = 0.0  # the same as the matrix unit does them
+    compute_seconds: float = 0.0  # products at the peak, as the matrix unit does them
     memory_seconds: float = 0.0  # main-memory traffic at its bandwidth
     flops: float = 0.0
     exposed: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by mesh axis: waited for
@@ -33,7 +32,6 @@ class Timeline:
     def add(self, other: Timeline, times: int = 1) -> None:
         self.seconds += times * other.seconds
         self.compute_seconds += times * other.compute_seconds
-        self.padded_compute_seconds += times * other.padded_compute_seconds
         self.memory_seconds += times * other.memory_seconds
         self.flops += times * other.flops
         for axis, waited in other.exposed.items():
@@ -46,7 +44,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Of one device: products and bytes a second."""
+    """Of one device: products of bf16, and bytes, a second."""
 
     flops_per_second: float
     bytes_per_second: float
@@ -193,9 +191,8 @@ class _Player:
 
     def _work(self, node: Instruction) -> None:
         cost, rates = self.roofline.costs.of(self.computation, node), self.roofline.rates
-        compute, memory = cost.padded_flops / rates.flops_per_second, cost.bytes / rates.bytes_per_second
+        compute, memory = cost.unit_flops / rates.flops_per_second, cost.bytes / rates.bytes_per_second
         self.line.flops += cost.flops
-        self.line.compute_seconds += cost.flops / rates.flops_per_second
-        self.line.padded_compute_seconds += compute
+        self.line.compute_seconds += compute
         self.line.memory_seconds += memory
         self.now += max(compute, memory)

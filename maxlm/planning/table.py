@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 
 def print_report(record: dict[str, Any]) -> None:
     """The record of a compile on stdout: memory, time and collectives, then a line for each warning."""
-    from rich.console import Console
-
-    console = Console(highlight=False, width=None)
+    console = _console()
     mesh = " ".join(f"{axis}={size}" for axis, size in record["mesh"].items() if size > 1) or "one device"
     chips = f"{record['chips']} x {record['device_kind']}"
     slices = f", {record['slices']} slices" if record["slices"] > 1 else ""
@@ -23,13 +22,12 @@ def print_report(record: dict[str, Any]) -> None:
 
 def verdict(record: dict[str, Any]) -> str:
     """One line: whether it fits, and how fast it can go at most."""
-    took = "from the cache" if record["cached"] else "refused by the compiler" if record["compile_seconds"] is None else (
-        f"compiled in {record['compile_seconds']:.1f} s")
+    took = "from the cache" if record["cached"] else f"compiled in {record['compile_seconds']:.1f} s"
     if record["fits"] is None:
         return f"needs {_size(record['bytes_per_chip'])}; the chip is not known, so no room and no time ({took})"
     fits = "fits" if record["fits"] else "DOES NOT FIT"
     memory = f"{_size(record['bytes_per_chip'])} of {_size(record['hbm_bytes'])} a chip"
-    if record["step_seconds_estimate"] is None:
+    if not record["fits"] or record["step_seconds_estimate"] is None:
         return f"{fits}: {memory} ({took})"
     return (f"{fits}: {memory}; {record['step_seconds_estimate']:.3g} s a step, "
             f"{record['tokens_per_second_per_chip_estimate']:,.0f} tokens/s/chip, MFU {record['mfu_estimate']:.1%} at "
@@ -65,6 +63,13 @@ def _collectives(record: dict[str, Any]) -> Any:
     return drawn
 
 
+def _console() -> Any:
+    """Of stdout; wide where that is a file, so that nothing is cut."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
 def _drawn(*columns: str) -> Any:
     from rich.box import SIMPLE
     from rich.table import Table
@@ -81,9 +86,7 @@ def _size(value: float) -> str:
 
 def print_plan(rows: list[dict[str, Any]]) -> None:
     """The ranked table of a plan on stdout, and the options of its best row."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = _console()
     drawn = _drawn("mesh", "rows", "microbatches", "remat", "GB a chip", "s a step", "tokens/s/chip", "MFU",
                    "analytic s")
     for row in rows:
