@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from maxlm.planning.hlo import Computation, Instruction, Module, Shape
 
 FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
-                  "replica-id", "iota", "async-update", "optimization-barrier", "domain", "add-dependency"})
+                  "replica-id", "iota", "async-update", "optimization-barrier", "domain", "add-dependency",
+                  "send", "recv"})
 NO_WORK = frozenset({"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveStart",
                      "AsyncCollectiveDone", "Sharding"})
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",

@@ -163,5 +163,5 @@ def warnings(step: Timeline) -> list[str]:
         if collective.padded:
             padded[collective.axis] = padded.get(collective.axis, 0.0) + times * collective.wire_bytes
     return [f"over {axis} {moved / 1e9:.2f} GB a step are all-reduces of zero-padded buffers, twice the bytes of the "
-            "gather that they stand for: give another axis 2 or more devices"
+            "gather that they stand for: give mesh.tensor (or context) 2 or more devices"
             for axis, moved in padded.items() if moved > 1e6]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from maxlm.planning.cost import KINDS, Cost, Costs
 from maxlm.planning.hlo import Computation, Instruction, Module
-from maxlm.planning.traffic import Collective, Traffic
+from maxlm.planning.traffic import Collective, Traffic, meeting
 
 
 @dataclass
@@ -112,6 +112,8 @@ class _Player:
 
     def _role(self, node: Instruction) -> tuple[str, Collective | None]:
         """What `node` is to a collective or a copy: its 'start', its 'end', or '' for all of one, or for none."""
+        if node.opcode == "send" and (collective := self.roofline.traffic.between_slices(self.computation, node)):
+            return "start", collective
         if node.opcode.endswith("-done"):
             return "end", None
         if node.opcode.endswith("-start") or node.opcode == "async-start":
@@ -175,6 +177,8 @@ class _Player:
 
     def _wait(self, node: Instruction, collective: Collective | None) -> None:
         names = [f"channel {collective.channel}"] if collective is not None else list(node.operands[:1])
+        if node.opcode == "recv-done":
+            names = [f"channel {meeting(self.computation[node.operands[0]])}"]
         for name in names:
             ends, axis = self.ending.pop(name, (0.0, ""))
             if ends > self.now:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,9 @@ from maxlm.planning.cost import KINDS
 from maxlm.planning.hlo import Computation, Instruction, Module
 from maxlm.planning.topology import Target, links
 
-PADDED = ("pad", "dynamic-update-slice")  # what zero-fills a buffer of which a device owns one part
+_PASSED = ("bitcast", "copy", "copy-start", "copy-done", "reshape")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
+_MEETING = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,18 @@ class Traffic:
                           kind == "all-reduce" and not scattered and _pads(self.module, computation, node.operands),
                           node.attribute("channel_id") or node.name, node.source)
 
+    def between_slices(self, computation: Computation, node: Instruction) -> Collective | None:
+        """The collective over the network that a `send` begins: libtpu leaves it to the hosts."""
+        said = _BETWEEN_SLICES.search(node.attributes)
+        if said is None:
+            return None
+        kind, ways = said[1].lower().replace("_", "-"), len(set(self.layout.slices))
+        wire = _wire_bytes(kind, computation[node.operands[0]].shape.bytes, ways)
+        chip = self.chip
+        network = chip.dcn_bytes_per_second if chip else None
+        seconds = wire * chip.devices_per_chip / network if network else 0.0
+        return Collective(kind, ("data",), wire, 0.0, seconds, True, False, meeting(node), node.source)
+
     def _seconds(self, wire: float, group: tuple[int, ...]) -> tuple[float, float]:
         """(over the fast fabric, between slices) of `wire` bytes that each device of the group sends."""
         chip = self.chip
@@ -90,6 +105,12 @@ class Traffic:
         used = links(chip, self.target, [self.layout.coords[device] for device in inside])
         bandwidth = chip.ici_bytes_per_second / chip.ici_links * min(used, chip.ici_links) / chip.devices_per_chip
         return wire / (bandwidth * self.efficiency), dcn
+
+
+def meeting(node: Instruction) -> str:
+    """What pairs the `send` and the `recv` of one exchange between slices; '' where there is none."""
+    found = _MEETING.search(node.attributes)
+    return found[1] if found else ""
 
 
 def _payload(computation: Computation, node: Instruction, kind: str) -> float:
@@ -119,15 +140,21 @@ def _is_scatter(computation: Computation) -> bool:
 
 def _pads(module: Module, computation: Computation, operands: tuple[str, ...]) -> bool:
     """Whether what is reduced is a buffer that is zero but for the device's own part, as where a gather was made of
-    an all-reduce."""
+    an all-reduce. (A little padding, up to a size that divides, is another thing.)"""
     for name in operands:
-        node = computation[name]
-        while node.opcode in ("bitcast", "copy", "reshape") and node.operands:
-            node = computation[node.operands[0]]
-        if node.opcode in PADDED:
-            return True
-        if node.opcode == "fusion" and module.computations[node.called[0]].root.opcode in PADDED:
-            return True
+        inside, node = computation, computation[name]
+        while True:
+            if node.opcode == "fusion" and len(node.shapes) == 1:
+                inside = module.computations[node.called[0]]
+                node = inside.root
+            elif node.opcode in _PASSED and node.operands:
+                node = inside[node.operands[0]]
+            else:
+                break
+        if node.opcode in ("pad", "dynamic-update-slice"):
+            part = inside[node.operands[0 if node.opcode == "pad" else 1]].shape
+            if 2 * part.elements <= node.shape.elements:
+                return True
     return False
 
 

@@ -27,7 +27,8 @@ KIND = 0.03  # of a kind of memory or collective, where it is more than a hundre
 def kept(record):
     """What of a report is compared."""
     warned = [re.sub(r"[\d.]+ GB", "GB", line) for line in record["warnings"]]
-    return {key: record[key] for key in (*TOLERANCES, *EXACT, "bytes_by_kind", "collective_bytes")} | {"warnings": warned}
+    keys = (*TOLERANCES, *EXACT, "bytes_by_kind", "collective_bytes")
+    return {key: record[key] for key in keys} | {"warnings": warned}
 
 
 def differences(golden, now):
@@ -40,7 +41,7 @@ def differences(golden, now):
         floor = sum(before.values()) / 100
         for kind in sorted(before.keys() | after.keys()):
             old, new = before.get(kind, 0.0), after.get(kind, 0.0)
-            if abs(new - old) > max(KIND * old, floor * (old == 0 or old < floor)):
+            if abs(new - old) > max(KIND * old, floor if old < floor else 0.0):
                 found.append(f"{name} {kind}: {old:.4g} -> {new:.4g}")
     return found
 

@@ -226,6 +226,28 @@ ENTRY %main (w: f32[1024]) -> f32[1024] {
     assert collective.dcn_seconds == pytest.approx(4096 / 3.125e9)
 
 
+def test_what_the_hosts_exchange_runs_beside_the_work():
+    """As libtpu writes an all-reduce between slices."""
+    meeting = ('frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",'
+               '_xla_megascale_transfer_type="ALL_REDUCE"}')
+    text = f"""
+ENTRY %main (w: f32[1024]) -> f32[1024] {{
+  %w = f32[1024]{{0}} parameter(0)
+  %token = token[] after-all()
+  %recv = (f32[1024]{{0}}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, {meeting}
+  %send = (f32[1024]{{0}}, u32[], token[]) send(%w, %token), channel_id=2, is_host_transfer=true, {meeting}
+  %sent = token[] send-done(%send), channel_id=2
+  %done = (f32[1024]{{0}}, token[]) recv-done(%recv), channel_id=1
+  ROOT %sum = f32[1024]{{0}} get-tuple-element(%done), index=0
+}}
+"""
+    module, slices = parse(text), Layout(AXES, ((0, 0), (1, 0), (0, 0), (1, 0)), (0, 0, 1, 1))
+    step = Roofline(module, Costs(module), Traffic(module, slices, V5E.chip, V5E), Peaks(1e12, 1e12)).step()
+    (collective, times), = step.collectives
+    assert (collective.kind, collective.over, times, collective.wire_bytes) == ("all-reduce", ("data",), 1, 4096)
+    assert step.exposed["data"] == pytest.approx(4096 / 3.125e9)
+
+
 def test_a_compiled_program_is_read_as_it_was_written():
     """On 8 fake CPU devices: 5 scanned products, each of a matrix gathered over fsdp."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
