@@ -26,6 +26,10 @@ def grouped_product_8bit(a_RK: jax.Array, b_EFK: jax.Array, sizes_E: jax.Array, 
         from maxlm.kernels.grouped_matmul.mosaic_gpu_8bit import product_8bit  # Pallas is slow to import
 
         return product_8bit(a_RK, b_EFK, sizes_E)
+    if implementation == "mosaic_tpu":
+        from maxlm.kernels.grouped_matmul.mosaic_tpu import tpu_product
+
+        return tpu_product(a_RK, b_EFK, sizes_E, jnp.dtype("bfloat16"), turned=True)
     a_RK, b_EFK = a_RK.astype(jnp.bfloat16), b_EFK.astype(jnp.bfloat16)
     if implementation == "ragged_dot":
         out_RF = jax.lax.ragged_dot_general(a_RK, b_EFK, sizes_E, _BY_ROWS)
@@ -40,6 +44,10 @@ def grouped_weights_8bit(a_DR: jax.Array, b_FR: jax.Array, sizes_E: jax.Array, i
         from maxlm.kernels.grouped_matmul.mosaic_gpu_8bit import weights_8bit  # Pallas is slow to import
 
         return weights_8bit(a_DR, b_FR, sizes_E)
+    if implementation == "mosaic_tpu":
+        from maxlm.kernels.grouped_matmul.mosaic_tpu import tpu_weights
+
+        return tpu_weights(a_DR, b_FR, sizes_E, jnp.dtype("float32"), rows_last=True)
     a_DR, b_FR = a_DR.astype(jnp.bfloat16), b_FR.astype(jnp.bfloat16)
     if implementation == "ragged_dot":
         return jax.lax.ragged_dot_general(a_DR, b_FR, sizes_E, _OVER_ROWS, preferred_element_type=jnp.float32)
