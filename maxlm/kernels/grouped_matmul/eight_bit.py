@@ -30,13 +30,17 @@ def grouped_product_8bit(pairs: Sequence[tuple[jax.Array, jax.Array]], sizes_E: 
         from maxlm.kernels.grouped_matmul.mosaic_gpu import product  # Pallas is slow to import
 
         return product(tuple(pairs), sizes_E, scale_E, b_last=True)
-    out_RF = sum(_product(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), sizes_E, implementation).astype(jnp.float32)
-                 for a, b in pairs)
+    out_RF = sum(_product(a, b, sizes_E, implementation).astype(jnp.float32) for a, b in pairs)
     group_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(out_RF.shape[0], dtype=jnp.int32), side="right")
     return (out_RF * scale_E.at[group_R].get(mode="clip")[:, None]).astype(jnp.bfloat16)
 
 
 def _product(a_RK, b_EFK, sizes_E, implementation):
+    if implementation == "mosaic_tpu":
+        from maxlm.kernels.grouped_matmul.mosaic_tpu import tpu_product
+
+        return tpu_product(a_RK, b_EFK, sizes_E, jnp.dtype("bfloat16"), turned=True)
+    a_RK, b_EFK = a_RK.astype(jnp.bfloat16), b_EFK.astype(jnp.bfloat16)
     if implementation == "ragged_dot":
         out_RF = jax.lax.ragged_dot_general(a_RK, b_EFK, sizes_E, _BY_ROWS)
         return jnp.where((jnp.arange(a_RK.shape[0]) < jnp.sum(sizes_E))[:, None], out_RF, 0)
@@ -52,6 +56,10 @@ def grouped_weights_8bit(a_DR: jax.Array, b_FR: jax.Array, sizes_E: jax.Array, s
         from maxlm.kernels.grouped_matmul.mosaic_gpu import weights_gradient  # Pallas is slow to import
 
         return weights_gradient(a_DR, b_FR, sizes_E, scale, rows_last=True)
+    if implementation == "mosaic_tpu":
+        from maxlm.kernels.grouped_matmul.mosaic_tpu import tpu_weights
+
+        return tpu_weights(a_DR, b_FR, sizes_E, jnp.dtype("float32"), rows_last=True) * scale
     a_DR, b_FR = a_DR.astype(jnp.bfloat16), b_FR.astype(jnp.bfloat16)
     if implementation == "ragged_dot":
         dw = jax.lax.ragged_dot_general(a_DR, b_FR, sizes_E, _OVER_ROWS, preferred_element_type=jnp.float32)
