@@ -191,9 +191,8 @@ class MeshConfig:
         for name in AXES:
             size = getattr(self, name)
             require(size == "rest" or size > 0, f"mesh.{name}={size!r} must be 1 or more (sizes are absolute numbers)")
-        for name in ("stage", "context"):
-            require(getattr(self, name) == 1, f"mesh.{name}={getattr(self, name)} is not built yet: set it to 1 and "
-                                               "use mesh.data, mesh.fsdp, mesh.expert or mesh.tensor")
+        require(self.context == 1, f"mesh.context={self.context} is not built yet: set it to 1 and use mesh.data, "
+                                   "mesh.fsdp, mesh.expert or mesh.tensor")
 
 
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")

@@ -54,6 +54,9 @@ class ComputeConfig:
     expert_exchange: along mesh.expert; 'auto' is ragged_all_to_all on TPUs and all_to_all elsewhere (docs/MOE.md).
     layer_unroll: repeats of the layer pattern compiled into one scan iteration; 'all' unrolls the whole stack.
     loss_chunks: pieces of the sequence whose logits exist at one time; 'auto' picks from the vocabulary.
+    pipeline_microbatches, pipeline_repeats: along mesh.stage (docs/PIPELINE.md), how many microbatches flow through the
+    stages ('auto': of one row on each device), and how many pieces of the layers each stage holds: more of either leave
+    a smaller share of the step idle.
     deterministic: on GPUs, kernels and compilation that give the same bits every time (elsewhere they do anyway); what
     it costs is in docs/RESILIENCE.md.
     """
@@ -64,9 +67,11 @@ class ComputeConfig:
     deterministic: bool = False
     layer_unroll: int | Literal["all"] = 1
     loss_chunks: int | Literal["auto"] = "auto"
+    pipeline_microbatches: int | Literal["auto"] = "auto"
+    pipeline_repeats: int = 1
 
     def __post_init__(self) -> None:
         check_types(self, "compute")
-        for name in ("layer_unroll", "loss_chunks"):
+        for name in ("layer_unroll", "loss_chunks", "pipeline_microbatches", "pipeline_repeats"):
             value = getattr(self, name)
             require(isinstance(value, str) or value > 0, f"compute.{name}={value!r} must be 1 or more")

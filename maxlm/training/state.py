@@ -18,6 +18,7 @@ from maxlm.model import Transformer, make_transformer
 from maxlm.model.block import Kernels
 from maxlm.model.parametrization import multipliers
 from maxlm.numerics import numerics_of
+from maxlm.parallel.pipeline import Pipeline
 from maxlm.parallel.sharding import stored
 from maxlm.schema import ConfigError
 from maxlm.training.optimizer import make_optimizer
@@ -70,6 +71,7 @@ def build_model(config: RunConfig, key: jax.Array, device: jax.Device) -> Transf
     return make_transformer(
         config.model, key, kernels=kernels_of(config, device)[0], numerics=numerics_of(config.precision),
         remat=config.remat.policy, unroll=config.compute.layer_unroll,
+        pipeline=Pipeline(config.compute.pipeline_microbatches, config.compute.pipeline_repeats),
     )
 
 

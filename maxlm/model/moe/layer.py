@@ -25,7 +25,7 @@ from maxlm.model.moe.load import Load, measure_load
 from maxlm.model.moe.router import choose
 from maxlm.model.parameter import matrix
 from maxlm.numerics import Numerics
-from maxlm.parallel.sharding import ACTIVATION, BATCH, COMPUTE, has_mesh, spec, use
+from maxlm.parallel.sharding import ACTIVATION, COMPUTE, batch_axes, free_axes, has_mesh, spec, use
 
 
 class MoE(nnx.Module):
@@ -59,11 +59,11 @@ class MoE(nnx.Module):
         inputs = (x_BTD, self._jittered(x_BTD, key), segment_ids_BT)
         local = functools.partial(_local, config=self.config, kernel=self.kernel, exchange=self.exchange)
         if has_mesh():
-            rows = P(BATCH, None, None)
+            rows = spec(("batch", None, None), ACTIVATION)
             layouts = {name: spec(getattr(self, name).dims, COMPUTE) for name in weights}
             out_BTD, load = jax.shard_map(
                 lambda inputs, weights: local(*inputs, _varying(weights, layouts), sharded=True),
-                in_specs=((rows, rows, P(BATCH, None)), layouts), out_specs=(rows, P()),
+                in_specs=((rows, rows, P(*rows[:2])), layouts), out_specs=(rows, P()), axis_names=free_axes(),
             )(inputs, weights)
         else:
             out_BTD, load = local(*inputs, weights, sharded=False)
@@ -104,7 +104,7 @@ def _varying(weights: dict[str, jax.Array], layouts: dict[str, P]) -> dict[str, 
     hidden units, so that their gradients are summed over them here."""
 
     def one(name):
-        split = BATCH if name in ("router", "selection_bias") else (*BATCH, "tensor")
+        split = batch_axes() if name in ("router", "selection_bias") else (*batch_axes(), "tensor")
         return jax.lax.pcast(weights[name], tuple(a for a in split if a not in layouts[name]), to="varying")
 
     return {name: one(name) for name in weights}
