@@ -39,9 +39,14 @@ class PrecisionConfig:
 @dataclass(frozen=True)
 class RematConfig:
     """What a layer keeps for its backward pass: all of it ('none'), its input alone ('full'), the outputs of its
-    matrix products ('dots'), or attention's and the gated MLP's products ('names')."""
+    matrix products ('dots'), or attention's and the gated MLP's products ('names').
 
-    policy: Literal["none", "full", "dots", "names"] = "none"
+    full_offload, names_offload: what these keep waits in the host's memory (docs/PIPELINE.md).
+    stage: with mesh.stage, a stage keeps its input alone, and all of its layers while a microbatch goes back through
+    it; what is outside of the stages is as with 'full'.
+    """
+
+    policy: Literal["none", "full", "dots", "names", "full_offload", "names_offload", "stage"] = "none"
 
     def __post_init__(self) -> None:
         check_types(self, "remat")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.config import ModelConfig
 from maxlm.kernels.embedding import embedding_lookup
@@ -35,6 +36,10 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "names": jax.checkpoint_policies.save_only_these_names("attention", "mlp_up"),
+    **{policy: jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input", *names],
+        offload_src="device", offload_dst="pinned_host",
+    ) for policy, names in (("full_offload", []), ("names_offload", ["attention", "mlp_up"]))},
 }
 
 
@@ -110,33 +115,36 @@ class Transformer(nnx.Module):
             numbers = span.first + place.chunk * layers + jnp.arange(layers)
             keys = _layer_keys(None if keys_M is None else keys_M[place.microbatch], numbers, places)
             turn = rotation(self.config.rope, self.config.head_dim, positions_BT)
-            x_BTD, load = self._through(stacks, keys, x_BTD, turn, segment_ids_BT, span.numerics)
+            x_BTD, load = self._through(stacks, keys, x_BTD, turn, segment_ids_BT, span.numerics, in_stage=True)
             share = jnp.sum(segment_ids_BT > 0) / jnp.maximum(tokens, 1)
             return x_BTD, None if load is None else load.weighted(share)
 
+        if self.remat == "stage":
+            apply = jax.checkpoint(apply, policy=REMAT_POLICIES["full"], prevent_cse=False)
         rows = (x_BTD, positions_BT, segment_ids_BT)
         return pipelined(apply, span.stacks, rows, shared, count, self.pipeline.repeats)
 
     def _through(self, stacks: Any, keys: Any, x_BTD: jax.Array, turn: Rotation, segment_ids_BT: jax.Array,
-                 numerics: Numerics) -> tuple[jax.Array, Load | None]:
+                 numerics: Numerics, in_stage: bool = False) -> tuple[jax.Array, Load | None]:
         """Layers one after another, and their load, [repeats, places in the pattern, ...]."""
 
         def repeat(x_BTD: jax.Array, blocks_and_keys: Any) -> tuple[jax.Array, Load | None]:
-            loads = []
+            loads, x_BTD = [], checkpoint_name(x_BTD, "layer_input")
             for block, layer_key in zip(*blocks_and_keys, strict=True):
                 x_BTD, load = block(x_BTD, turn, segment_ids_BT, numerics, layer_key)
                 loads.append(load)
             return x_BTD, _stacked(loads)
 
-        return self._loop(repeat, x_BTD, (stacks, keys))
+        remat = {"stage": "none" if in_stage else "full"}.get(self.remat, self.remat)
+        return self._loop(repeat, x_BTD, (stacks, keys), remat)
 
-    def _loop(self, repeat: Any, x_BTD: jax.Array, layers: Any) -> tuple[jax.Array, Load | None]:
+    def _loop(self, repeat: Any, x_BTD: jax.Array, layers: Any, remat: str) -> tuple[jax.Array, Load | None]:
         """`repeat` over layers of the same numerics, with the remat policy, scanned or unrolled."""
-        if self.remat != "none":
+        if remat != "none":
             # A loop keeps forward and backward apart by itself; without one, or in a loop of one turn, the compiler
             # would find the recomputed values in the forward pass and keep those instead.
             scanned = self.unroll != "all" and self.unroll < jax.tree.leaves(layers)[0].shape[0]
-            repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[self.remat], prevent_cse=not scanned)
+            repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[remat], prevent_cse=not scanned)
         if self.unroll != "all":
             return jax.lax.scan(repeat, x_BTD, layers, unroll=self.unroll)
         loads = []
@@ -241,7 +249,7 @@ def _layer_keys(key: jax.Array | None, numbers: jax.Array, places: int) -> tuple
 
 def make_transformer(config: ModelConfig, key: jax.Array, *, kernels: Kernels = PLAIN,
                      numerics: Numerics = FLOAT32, remat: str = "none", unroll: int | str = 1,
-                     pipeline: Pipeline = Pipeline()) -> Transformer:
+                     pipeline: Pipeline = Pipeline()) -> Transformer:  # noqa: B008
     """A freshly initialised decoder. Equal keys give equal bits on any mesh."""
     return Transformer(config, kernels=kernels, numerics=numerics, remat=remat, unroll=unroll, pipeline=pipeline,
                        rngs=nnx.Rngs(params=key))

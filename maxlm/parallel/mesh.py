@@ -9,7 +9,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from maxlm.config import AXES, MeshConfig, ModelConfig, TrainConfig
+from maxlm.config import AXES, MeshConfig, RunConfig
 from maxlm.schema import ConfigError
 
 
@@ -46,17 +46,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(layout, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
 
 
-def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:
+def check_divisible(mesh: Mesh, config: RunConfig) -> None:
     """Raises ConfigError, naming the field and the fix, where a sharded size is not a multiple of its axes."""
-    tensor, fsdp, expert = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert"))
-    batch = mesh.shape["data"] * fsdp * expert
+    model, train = config.model, config.train
+    tensor, fsdp, expert, stage = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert", "stage"))
+    batch, axes = mesh.shape["data"] * fsdp * expert, "mesh.data * mesh.fsdp * mesh.expert"
+    if stage > 1:  # microbatches, of which a multiple of the stages
+        count = config.compute.pipeline_microbatches
+        batch *= stage if count == "auto" else count
+        axes += " * mesh.stage" if count == "auto" else " * compute.pipeline_microbatches"
     microbatch = train.global_batch_size // train.grad_accumulation
     if microbatch % batch:
         raise ConfigError(
             f"train.global_batch_size / train.grad_accumulation = {microbatch} is not a multiple of "
-            f"mesh.data * mesh.fsdp * mesh.expert = {batch}: raise the batch to a multiple of "
-            f"{batch * train.grad_accumulation} "
-            "or use fewer devices along these axes"
+            f"{axes} = {batch}: raise the batch to a multiple of {batch * train.grad_accumulation} "
+            f"or use fewer devices along these axes"
         )
     for field, size, axis, ways in (
         ("hidden_dim", model.hidden_dim, "fsdp * mesh.expert", fsdp * expert),

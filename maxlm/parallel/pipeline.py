@@ -1,20 +1,20 @@
 """Layers on different devices, and microbatches that flow through them (pipeline parallelism).
 
 Stage s of S holds every S-th of R*S chunks of the layers: chunks s, S+s, ... (R > 1: interleaved or 'virtual' stages,
-Narayanan et al. 2021, arXiv:2104.04473, section 2.2). Microbatches enter in groups of S. In each tick every stage takes
-one microbatch through one of its chunks and hands it to the next stage, the last to the first:
+Narayanan et al. 2021, arXiv:2104.04473, section 2.2). Microbatches enter in groups of S. Each tick a stage takes one
+microbatch through one of its chunks and hands it on, the last stage to the first:
 
-    tick   0   1   2   3   4   5   6   7   8          S = 2, R = 2, M = 4: microbatch, and chunk of the stage
+    tick   0   1   2   3   4   5   6   7   8         S = 2, R = 2, M = 4: microbatch, and chunk of the stage
     s = 0  0a  1a  0b  1b  2a  3a  2b  3b
-    s = 1      0a  1a  0b  1b  2a  3a  2b  3b         R*M + S - 1 ticks, of which each stage works in R*M
+    s = 1      0a  1a  0b  1b  2a  3a  2b  3b        R*M + S - 1 ticks, of which each stage works in R*M
 
-The batch is split over the stages too, as embedding and loss see it: of each group, microbatch j lies on stage j, before
-and after. While a group enters, its rows turn towards stage 0, one stage a tick; there, each place that becomes
-free takes the finished microbatch of the group before, which the last turns carry home. So no stage holds, or
-embeds, or computes the loss of more than its share, and all that moves is one microbatch a tick in either direction.
+The batch is split over the stages too, as embedding and loss see it: of each group, microbatch j lies on stage j before
+and after. While a group enters, its rows turn towards stage 0, one stage a tick; there, each place that becomes free
+takes the finished microbatch of the group before, which the last turns carry home. So no stage holds, or embeds, or
+computes the loss of more than its share, and all that moves is one microbatch a tick in either direction.
 
 The backward pass is autodiff's of this loop: all ticks in reverse order (GPipe's schedule, arXiv:1811.06965, with its
-bubble divided by R), which keeps what the remat policy keeps for all R*M + S - 1 ticks. 1F1B would keep S microbatches'.
+bubble divided by R), which keeps what the remat policy keeps for all R*M + S - 1 ticks; 1F1B would keep it for S.
 """
 
 from __future__ import annotations
@@ -26,15 +26,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+
+from maxlm.config import RunConfig
+from maxlm.parallel.sharding import BATCH
 
 STAGE = "stage"
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """microbatches: into which the rows of a batch are cut; 'auto': of one row on each device. repeats: chunks of layers
-    that each stage holds."""
+    """microbatches: into which the rows of a batch are cut; 'auto': of one row on each device. repeats: chunks of
+    layers that each stage holds."""
 
     microbatches: int | str = "auto"
     repeats: int = 1
@@ -47,6 +51,18 @@ class Pipeline:
 def bubble_share(stages: int, microbatches: int, repeats: int = 1) -> float:
     """The share of a step's ticks in which a stage has nothing to do, forward as well as backward."""
     return (stages - 1) / (repeats * microbatches + stages - 1)
+
+
+def pipeline_told(config: RunConfig, mesh: Mesh) -> str:
+    """What a run says of its pipeline; nothing where it has none."""
+    stages, ways = mesh.shape[STAGE], math.prod(mesh.shape[axis] for axis in BATCH) // mesh.shape[STAGE]
+    if stages == 1:
+        return ""
+    pipeline = Pipeline(config.compute.pipeline_microbatches, config.compute.pipeline_repeats)
+    count = pipeline.count(config.train.global_batch_size // config.train.grad_accumulation, ways)
+    idle = bubble_share(stages, count, pipeline.repeats)
+    parts = f" of {pipeline.repeats} parts each" if pipeline.repeats > 1 else ""
+    return f"; pipeline: {stages} stages{parts}, {count} microbatches, {idle:.1%} of a step idle"
 
 
 def num_stages() -> int:
@@ -69,8 +85,8 @@ def pipelined(apply: Apply, layers: Any, rows: tuple[jax.Array, ...], shared: An
     """Takes the first of `rows` through all layers: (what it becomes, sums).
 
     layers: arrays [L, ...], split over `stage`. rows: arrays [B, ...], split over `stage` first; those behind the first
-    go along with it. shared: what every stage sees whole. apply(chunk of L / (R*S) layers, rows of a microbatch, shared,
-    place) is (the first of the rows after these layers, what to sum over the microbatches, [L / (R*S), ...]).
+    go along with it. shared: what every stage sees whole. apply(chunk of L / (R*S) layers, rows of a microbatch,
+    shared, place) is (the first of the rows after these layers, what to sum over the microbatches, [L / (R*S), ...]).
     """
 
     def local(layers: Any, rows: tuple[jax.Array, ...], shared: Any) -> tuple[jax.Array, Any]:

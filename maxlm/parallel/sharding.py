@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 BATCH = ("stage", "data", "fsdp", "expert")  # the axes that split the batch; inside the pipeline, those behind `stage`
 SHARD = ("fsdp", "expert")  # the axes that split what every token multiplies; an expert's weights have `expert` apart
 REPLICAS = ("stage", "data")  # the axes of BATCH that do not
-STORAGE = {"layers": "stage", "embed": SHARD, "expert_embed": "fsdp", "experts": "expert", "vocab": "tensor", "kv_heads": "tensor",
-           "heads": "tensor", "mlp": "tensor"}
+STORAGE = {"layers": "stage", "embed": SHARD, "expert_embed": "fsdp", "experts": "expert", "vocab": "tensor",
+           "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
 COMPUTE = {**STORAGE, "embed": None, "expert_embed": None}
 ACTIVATION = {"batch": BATCH, "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
 

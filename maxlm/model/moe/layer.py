@@ -59,14 +59,15 @@ class MoE(nnx.Module):
         inputs = (x_BTD, self._jittered(x_BTD, key), segment_ids_BT)
         local = functools.partial(_local, config=self.config, kernel=self.kernel, exchange=self.exchange)
         if has_mesh():
+            axes = batch_axes()
             rows = spec(("batch", None, None), ACTIVATION)
             layouts = {name: spec(getattr(self, name).dims, COMPUTE) for name in weights}
             out_BTD, load = jax.shard_map(
-                lambda inputs, weights: local(*inputs, _varying(weights, layouts), sharded=True),
+                lambda inputs, weights: local(*inputs, _varying(weights, layouts, axes), axes=axes),
                 in_specs=((rows, rows, P(*rows[:2])), layouts), out_specs=(rows, P()), axis_names=free_axes(),
             )(inputs, weights)
         else:
-            out_BTD, load = local(*inputs, weights, sharded=False)
+            out_BTD, load = local(*inputs, weights, axes=())
         # Nothing between the exchange and this depends on the other: a scheduler may run them side by side.
         return out_BTD if self.shared is None else out_BTD + self.shared(x_BTD, numerics), load
 
@@ -79,9 +80,10 @@ class MoE(nnx.Module):
         return x_BTD.astype(jnp.float32) * draw_BTD
 
 
-def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, kernel, exchange, sharded):
-    """One device's tokens (router_BTD: as the router sees them), and the load of all."""
-    (B, T, D), moe = x_BTD.shape, config.moe
+def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, kernel, exchange, axes):
+    """One device's tokens (router_BTD: as the router sees them), and the load of all. axes: of the mesh, which
+    split the batch; none without a mesh."""
+    (B, T, D), moe, sharded = x_BTD.shape, config.moe, bool(axes)
     x_ND, real_N = x_BTD.reshape(B * T, D), segment_ids_BT.reshape(-1) > 0
     logits_NE = jnp.einsum("nd,de->ne", router_BTD.reshape(B * T, D).astype(jnp.float32), weights["router"],
                            precision=jax.lax.Precision.HIGHEST)
@@ -96,15 +98,15 @@ def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, kernel, exchan
     if sharded:
         out_ND = jax.lax.psum(out_ND, "tensor")
         lost = jax.lax.pmean(lost, "tensor")
-    return out_ND.reshape(B, T, D), measure_load(choice, logits_NE, real_N, lost, T, config, sharded)
+    return out_ND.reshape(B, T, D), measure_load(choice, logits_NE, real_N, lost, T, config, axes)
 
 
-def _varying(weights: dict[str, jax.Array], layouts: dict[str, P]) -> dict[str, jax.Array]:
+def _varying(weights: dict[str, jax.Array], layouts: dict[str, P], axes: tuple[str, ...]) -> dict[str, jax.Array]:
     """The weights as values that may differ on every device that sees other tokens, or (those of the experts) other
     hidden units, so that their gradients are summed over them here."""
 
     def one(name):
-        split = batch_axes() if name in ("router", "selection_bias") else (*batch_axes(), "tensor")
+        split = axes if name in ("router", "selection_bias") else (*axes, "tensor")
         return jax.lax.pcast(weights[name], tuple(a for a in split if a not in layouts[name]), to="varying")
 
     return {name: one(name) for name in weights}
