@@ -62,6 +62,7 @@ class ComputeConfig:
     pipeline_microbatches, pipeline_repeats: along mesh.stage (docs/PIPELINE.md), how many microbatches flow through the
     stages ('auto': of one row on each device), and how many pieces of the layers each stage holds: more of either leave
     a smaller share of the step idle.
+    offload_optimizer: the optimizer's state waits in the host's memory between updates (docs/PIPELINE.md).
     deterministic: on GPUs, kernels and compilation that give the same bits every time (elsewhere they do anyway); what
     it costs is in docs/RESILIENCE.md.
     """
@@ -74,6 +75,7 @@ class ComputeConfig:
     loss_chunks: int | Literal["auto"] = "auto"
     pipeline_microbatches: int | Literal["auto"] = "auto"
     pipeline_repeats: int = 1
+    offload_optimizer: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "compute")
