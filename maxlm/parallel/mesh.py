@@ -22,10 +22,9 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     others = math.prod(size for size in sizes.values() if size != "rest")
     if sizes["fsdp"] == "rest":
         if num_devices % others:
-            raise ConfigError(
-                f"mesh.data * mesh.expert * mesh.tensor = {others} does not divide the {num_devices} devices: "
-                "choose sizes whose product divides them"
-            )
+            axes = " * ".join(f"mesh.{axis}" for axis, size in sizes.items() if size not in (1, "rest"))
+            raise ConfigError(f"{axes} = {others} does not divide the {num_devices} devices: choose sizes whose "
+                              "product divides them")
         sizes["fsdp"] = num_devices // others
     elif others != num_devices:
         axes = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "all axes 1"
