@@ -10,6 +10,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from maxlm.config import AXES, MeshConfig, RunConfig
+from maxlm.parallel.pipeline import Pipeline, bubble_share
+from maxlm.parallel.sharding import BATCH
 from maxlm.schema import ConfigError
 
 
@@ -71,3 +73,15 @@ def check_divisible(mesh: Mesh, config: RunConfig) -> None:
     ):
         if size % ways:
             raise ConfigError(f"model.{field}={size} is not a multiple of mesh.{axis}={ways}: change either")
+
+
+def pipeline_told(config: RunConfig, mesh: Mesh) -> str:
+    """What a run says of its pipeline; nothing where it has none."""
+    stages, ways = mesh.shape["stage"], math.prod(mesh.shape[axis] for axis in BATCH) // mesh.shape["stage"]
+    if stages == 1:
+        return ""
+    pipeline = Pipeline(config.compute.pipeline_microbatches, config.compute.pipeline_repeats)
+    count = pipeline.count(config.train.global_batch_size // config.train.grad_accumulation, ways)
+    idle = bubble_share(stages, count, pipeline.repeats)
+    parts = f" of {pipeline.repeats} parts each" if pipeline.repeats > 1 else ""
+    return f"; pipeline: {stages} stages{parts}, {count} microbatches, {idle:.1%} of a step idle"

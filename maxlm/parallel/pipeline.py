@@ -26,11 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-
-from maxlm.config import RunConfig
-from maxlm.parallel.sharding import BATCH
 
 STAGE = "stage"
 
@@ -51,18 +47,6 @@ class Pipeline:
 def bubble_share(stages: int, microbatches: int, repeats: int = 1) -> float:
     """The share of a step's ticks in which a stage has nothing to do, forward as well as backward."""
     return (stages - 1) / (repeats * microbatches + stages - 1)
-
-
-def pipeline_told(config: RunConfig, mesh: Mesh) -> str:
-    """What a run says of its pipeline; nothing where it has none."""
-    stages, ways = mesh.shape[STAGE], math.prod(mesh.shape[axis] for axis in BATCH) // mesh.shape[STAGE]
-    if stages == 1:
-        return ""
-    pipeline = Pipeline(config.compute.pipeline_microbatches, config.compute.pipeline_repeats)
-    count = pipeline.count(config.train.global_batch_size // config.train.grad_accumulation, ways)
-    idle = bubble_share(stages, count, pipeline.repeats)
-    parts = f" of {pipeline.repeats} parts each" if pipeline.repeats > 1 else ""
-    return f"; pipeline: {stages} stages{parts}, {count} microbatches, {idle:.1%} of a step idle"
 
 
 def num_stages() -> int:
@@ -97,7 +81,7 @@ def pipelined(apply: Apply, layers: Any, rows: tuple[jax.Array, ...], shared: An
 
     out, sums = jax.shard_map(
         local, in_specs=(P(STAGE), P(STAGE), P()), out_specs=(P(STAGE), P(None, STAGE)), axis_names={STAGE},
-        check_vma=False,
+        check_vma=False,  # attention's own `shard_map` inside does not say over which axes its result varies
     )(layers, rows, shared)
     # [R, S chunks, ...]: chunks in the order of the layers
     return out, jax.tree.map(lambda a: jax.sharding.reshard(a, P()).reshape(-1, *a.shape[2:]), sums)

@@ -43,13 +43,13 @@ def _without(manual: tuple[str, ...], axes: str | tuple[str, ...] | None) -> str
     return None if axes in manual else axes
 
 
-def batch_axes() -> tuple[str, ...]:
-    """The axes that split the batch here: without `stage` inside the pipeline."""
-    return _without(jax.sharding.get_abstract_mesh().manual_axes, BATCH)
+def split_over(rows: jax.Array) -> tuple[str, ...]:
+    """Inside a `shard_map`: the axes of BATCH over which rows of it are split; without `stage` inside the pipeline."""
+    return tuple(axis for axis in BATCH if axis in jax.typeof(rows).manual_axis_type.varying)
 
 
 def free_axes() -> frozenset[str]:
-    """The axes that a `shard_map` here can make its own: without `stage` inside the pipeline."""
+    """The axes that a `shard_map` here can make its own; without `stage` inside the pipeline."""
     mesh = jax.sharding.get_abstract_mesh()
     return frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
 

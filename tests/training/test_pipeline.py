@@ -13,8 +13,8 @@ from maxlm.checkpoint import Checkpointer
 from maxlm.cli import main
 from maxlm.config import MeshConfig
 from maxlm.parallel import pipeline
-from maxlm.parallel.mesh import check_divisible, make_mesh
-from maxlm.parallel.pipeline import bubble_share, pipeline_told, pipelined
+from maxlm.parallel.mesh import check_divisible, make_mesh, pipeline_told
+from maxlm.parallel.pipeline import bubble_share, pipelined
 from maxlm.parallel.sharding import BATCH
 from maxlm.schema import ConfigError
 from maxlm.training.state import abstract_state, init_state

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from maxlm.config import ModelConfig
 from maxlm.model.moe.router import Choice
+from maxlm.parallel.sharding import split_over
 
 
 class Load(NamedTuple):
@@ -31,10 +32,10 @@ class Load(NamedTuple):
 
 
 def measure_load(choice: Choice, logits_NE: jax.Array, real_N: jax.Array, dropped: jax.Array, length: int,
-                 model: ModelConfig, axes: tuple[str, ...]) -> Load:
-    """Sums over this device's tokens, then over the mesh axes that split the batch, if any. real_N: False for
-    padding; dropped: how many choices found no room; length: tokens of a row."""
-    total = (lambda a: jax.lax.psum(a, axes)) if axes else (lambda a: a)
+                 model: ModelConfig, sharded: bool) -> Load:
+    """Sums over this device's tokens, then (sharded) over the mesh. real_N: False for padding; dropped: how many
+    choices found no room; length: tokens of a row."""
+    total = (lambda a: jax.lax.psum(a, split_over(logits_NE))) if sharded else (lambda a: a)
     E, K = model.num_experts, model.experts_per_token
     hit_NE = jnp.sum(choice.expert_NK[:, :, None] == jnp.arange(E)[None, None], axis=1, dtype=jnp.float32)
     hit_NE = jnp.where(real_N[:, None], hit_NE, 0.0)
