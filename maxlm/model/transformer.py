@@ -42,6 +42,18 @@ REMAT_POLICIES = {
     ) for policy, names in (("full_offload", []), ("names_offload", ["attention", "mlp_up"]))},
 }
 
+# What a tick of the pipeline keeps of its layers, beside what these keep for themselves.
+_WEIGHTS = ("dynamic_slice", "squeeze", "convert_element_type", "reshard")  # by which a weight comes to its product
+TICK_POLICIES = {
+    **REMAT_POLICIES,
+    "none": lambda primitive, *_, **__: primitive.name not in _WEIGHTS,
+    "full": jax.checkpoint_policies.save_only_these_names("layer_input"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        REMAT_POLICIES["dots"], jax.checkpoint_policies.save_only_these_names("layer_input")),
+    "names": jax.checkpoint_policies.save_only_these_names("layer_input", "attention", "mlp_up"),
+    "stage": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 class Span(NamedTuple):
     """A run of layers that are computed alike: layers [first, last) of the stack `part`."""
@@ -119,10 +131,8 @@ class Transformer(nnx.Module):
             share = jnp.sum(segment_ids_BT > 0) / jnp.maximum(tokens, 1)
             return x_BTD, None if load is None else load.weighted(share)
 
-        if self.remat == "stage":
-            apply = jax.checkpoint(apply, policy=REMAT_POLICIES["full"], prevent_cse=False)
-        rows = (x_BTD, positions_BT, segment_ids_BT)
-        return pipelined(apply, span.stacks, rows, shared, count, self.pipeline.repeats)
+        rows, policy = (x_BTD, positions_BT, segment_ids_BT), TICK_POLICIES[self.remat]
+        return pipelined(apply, span.stacks, rows, shared, count, self.pipeline.repeats, policy)
 
     def _through(self, stacks: Any, keys: Any, x_BTD: jax.Array, turn: Rotation, segment_ids_BT: jax.Array,
                  numerics: Numerics, in_stage: bool = False) -> tuple[jax.Array, Load | None]:

@@ -64,19 +64,26 @@ class Place(NamedTuple):
 Apply = Callable[[Any, Any, Any, Place], tuple[jax.Array, Any]]
 
 
-def pipelined(apply: Apply, layers: Any, rows: tuple[jax.Array, ...], shared: Any, microbatches: int,
-              repeats: int) -> tuple[jax.Array, Any]:
+def pipelined(apply: Apply, layers: Any, rows: tuple[jax.Array, ...], shared: Any, microbatches: int, repeats: int,
+              policy: Callable[..., bool] | None = None) -> tuple[jax.Array, Any]:
     """Takes the first of `rows` through all layers: (what it becomes, sums).
 
     layers: arrays [L, ...], split over `stage`. rows: arrays [B, ...], split over `stage` first; those behind the first
     go along with it. shared: what every stage sees whole. apply(chunk of L / (R*S) layers, rows of a microbatch,
     shared, place) is (the first of the rows after these layers, what to sum over the microbatches, [L / (R*S), ...]).
+    policy: what each tick keeps of `apply` for the backward pass (None: nothing but what came in).
     """
+
+    def work(chunks: Any, repeat: jax.Array, rows: Any, shared: Any, place: Place) -> tuple[jax.Array, Any]:
+        return apply(_at(chunks, repeat), rows, shared, place)
+
+    # Around the choice of the chunk: else each tick would keep the weights that it chose.
+    work = jax.checkpoint(work, policy=policy, prevent_cse=False)
 
     def local(layers: Any, rows: tuple[jax.Array, ...], shared: Any) -> tuple[jax.Array, Any]:
         chunks = _dealt(layers, repeats)
         slots = tuple(_cut(a, microbatches // jax.lax.axis_size(STAGE)) for a in rows)
-        slots, sums = _flow(apply, chunks, slots, shared, repeats)
+        slots, sums = _flow(work, chunks, slots, shared, repeats)
         return _joined(slots[0]), sums
 
     out, sums = jax.shard_map(
@@ -87,7 +94,7 @@ def pipelined(apply: Apply, layers: Any, rows: tuple[jax.Array, ...], shared: An
     return out, jax.tree.map(lambda a: jax.sharding.reshard(a, P()).reshape(-1, *a.shape[2:]), sums)
 
 
-def _flow(apply: Apply, chunks: Any, slots: tuple[jax.Array, ...], shared: Any, R: int) -> tuple[Any, Any]:
+def _flow(work: Callable[..., tuple[jax.Array, Any]], chunks: Any, slots: tuple[jax.Array, ...], shared: Any, R: int) -> tuple[Any, Any]:
     """The loop, as one stage runs it. chunks: [R, layers, ...]; slots: this stage's microbatches, [K, ...], one a
     group."""
     S, stage, K = jax.lax.axis_size(STAGE), jax.lax.axis_index(STAGE), slots[0].shape[0]
@@ -109,7 +116,7 @@ def _flow(apply: Apply, chunks: Any, slots: tuple[jax.Array, ...], shared: Any, 
         busy, turn = (turn >= 0) & (turn < R * S * K), jnp.clip(turn, 0, R * S * K - 1)
         repeat = turn // S % R
         place = Place(turn // (R * S) * S + turn % S, repeat * S + stage)
-        x, more = apply(_at(chunks, repeat), state, shared, place)
+        x, more = work(chunks, repeat, state, shared, place)
         sums = jax.tree.map(
             lambda a, m: jax.lax.dynamic_update_index_in_dim(
                 a, jax.lax.dynamic_index_in_dim(a, repeat, 0, keepdims=False) + jnp.where(busy, m, 0), repeat, 0),
@@ -117,7 +124,7 @@ def _flow(apply: Apply, chunks: Any, slots: tuple[jax.Array, ...], shared: Any, 
         return (slots, jax.lax.ppermute((x, *state[1:]), STAGE, to_next), sums), None
 
     first = jax.tree.map(lambda a: a[0], slots)  # what is computed before something has come is never looked at
-    shapes = jax.eval_shape(lambda: apply(_at(chunks, 0), first, shared, Place(stage, stage))[1])
+    shapes = jax.eval_shape(lambda: work(chunks, stage, first, shared, Place(stage, stage))[1])
     sums = jax.tree.map(lambda a: jnp.zeros((R, *a.shape), a.dtype), shapes)
     ticks = R * S * K + S - 1
     (slots, state, sums), _ = jax.lax.scan(step, (slots, first, sums), jnp.arange(ticks))
