@@ -13,12 +13,18 @@ from jax.sharding import NamedSharding
 HOST = "pinned_host"
 
 
-def on_device(tree: Any) -> Any:
-    """The arrays of `tree` in their devices' memory; those that are there stay. For use inside `jax.jit`."""
+def on_device(tree: Any, after: jax.Array | None = None) -> Any:
+    """The arrays of `tree` in their devices' memory; those that are there stay. For use inside `jax.jit`.
+
+    after: a value without which none is fetched, so that they do not fill the memory that others still need.
+    """
 
     def one(a: jax.Array) -> jax.Array:
-        there = jax.typeof(a).memory_space == jax.memory.Space.Host
-        return jax.device_put(a, jax.memory.Space.Device) if there else a
+        if jax.typeof(a).memory_space != jax.memory.Space.Host:
+            return a
+        if after is not None:
+            a, _ = jax.lax.optimization_barrier((a, after))
+        return jax.device_put(a, jax.memory.Space.Device)
 
     return jax.tree.map(one, tree)
 

@@ -94,9 +94,10 @@ def pipelined(apply: Apply, layers: Any, rows: tuple[jax.Array, ...], shared: An
     return out, jax.tree.map(lambda a: jax.sharding.reshard(a, P()).reshape(-1, *a.shape[2:]), sums)
 
 
-def _flow(work: Callable[..., tuple[jax.Array, Any]], chunks: Any, slots: tuple[jax.Array, ...], shared: Any, R: int) -> tuple[Any, Any]:
-    """The loop, as one stage runs it. chunks: [R, layers, ...]; slots: this stage's microbatches, [K, ...], one a
-    group."""
+def _flow(work: Callable[..., tuple[jax.Array, Any]], chunks: Any, slots: tuple[jax.Array, ...], shared: Any,
+          R: int) -> tuple[Any, Any]:
+    """The loop, as one stage runs it. chunks: [R, layers, ...]; slots: this stage's microbatches, [K, ...], one of
+    each group."""
     S, stage, K = jax.lax.axis_size(STAGE), jax.lax.axis_index(STAGE), slots[0].shape[0]
     to_next = [(s, (s + 1) % S) for s in range(S)]
     to_last = [(s, (s - 1) % S) for s in range(S)]

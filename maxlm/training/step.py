@@ -67,7 +67,7 @@ def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTran
         (loss, load), grads = _accumulate(gradient, state.params, batch, key, microbatches)
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    before = (state.params, on_device(state.opt_state))
+    before = (state.params, on_device(state.opt_state, after=good))
     updates, opt_state = optimizer.update(grads, before[1], state.params)
     params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(

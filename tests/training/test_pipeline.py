@@ -17,10 +17,12 @@ from maxlm.parallel.mesh import check_divisible, make_mesh, pipeline_told
 from maxlm.parallel.pipeline import bubble_share, pipelined
 from maxlm.parallel.sharding import BATCH
 from maxlm.schema import ConfigError
+from maxlm.training.loss import summed_loss
 from maxlm.training.state import abstract_state, init_state
+from maxlm.training.step import abstract_batch
 from tests.training import tiny
 from tests.training.runs import prepared, rows_of, train, write_config
-from tests.training.tiny import ROWS, furthest, host_batch, leaves, run_steps, tiny_config
+from tests.training.tiny import LENGTH, ROWS, furthest, host_batch, leaves, run_steps, tiny_config
 
 # float32, ten steps at learning rate 1e-3: at 1e-2 these models part after five steps on any mesh, by a router's tie or
 # because sixteen layers of weights like these blow rounding up
@@ -224,6 +226,35 @@ def test_a_run_goes_on_with_other_stages(tmp_path, capsys):
                      for run in ("staged", "plain"))
     assert staged == pytest.approx(plain, abs=1e-4) and len(staged) == 6
     assert main(["eval", str(tmp_path / "staged"), "--step", "4"]) == 0
+
+
+def kept_by_ticks(policy, ticks, **compute):
+    """Bytes, of all devices of a stage, that the loop over ticks keeps for the backward pass."""
+    config = settings("deep", mesh=dict(stage=2), remat=dict(policy=policy), compute=compute)
+    mesh = make_mesh(config.mesh, jax.devices()[:2])
+
+    def loops(jaxpr):
+        for equation in jaxpr.eqns:
+            inner = [getattr(p, "jaxpr", p) for p in equation.params.values()]
+            yield from (found for p in inner if hasattr(p, "eqns") for found in loops(p))
+            if equation.primitive.name == "scan" and equation.params["length"] == ticks:
+                kept = equation.outvars[equation.params["num_carry"]:]
+                yield sum(v.aval.size * v.aval.dtype.itemsize for v in kept)
+
+    def loss(params, batch):
+        return summed_loss(params, batch, z_loss=0.0, chunks=1)[0].loss
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(loss)).trace(abstract_state(config, mesh).params, abstract_batch(config, mesh))
+    return max(loops(traced.jaxpr.jaxpr))
+
+
+@pytest.mark.parametrize(("policy", "layers"), [("stage", 1), ("full", 2)])
+def test_a_tick_keeps_inputs_and_no_weights(policy, layers):
+    """Of a chunk of two layers, each 10,000 weights."""
+    rows, ticks = 4, 2 * 4 + 1
+    kept = kept_by_ticks(policy, ticks, pipeline_repeats=2, pipeline_microbatches=4)
+    assert kept == pytest.approx(ticks * layers * rows * LENGTH * 32 * 4, rel=0.1)
 
 
 # What a user is told
