@@ -131,8 +131,10 @@ class Transformer(nnx.Module):
             share = jnp.sum(segment_ids_BT > 0) / jnp.maximum(tokens, 1)
             return x_BTD, None if load is None else load.weighted(share)
 
+        # Routers and scales of 8 bits measure a whole microbatch.
+        apart = () if self.config.num_experts or span.numerics != span.numerics.plain() else ("data",)
         rows, policy = (x_BTD, positions_BT, segment_ids_BT), TICK_POLICIES[self.remat]
-        return pipelined(apply, span.stacks, rows, shared, count, self.pipeline.repeats, policy)
+        return pipelined(apply, span.stacks, rows, shared, count, self.pipeline.repeats, policy, apart)
 
     def _through(self, stacks: Any, keys: Any, x_BTD: jax.Array, turn: Rotation, segment_ids_BT: jax.Array,
                  numerics: Numerics, in_stage: bool = False) -> tuple[jax.Array, Load | None]:

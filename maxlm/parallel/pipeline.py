@@ -65,13 +65,15 @@ Apply = Callable[[Any, Any, Any, Place], tuple[jax.Array, Any]]
 
 
 def pipelined(apply: Apply, layers: Any, rows: tuple[jax.Array, ...], shared: Any, microbatches: int, repeats: int,
-              policy: Callable[..., bool] | None = None) -> tuple[jax.Array, Any]:
+              policy: Callable[..., bool] | None = None, replicas: tuple[str, ...] = ()) -> tuple[jax.Array, Any]:
     """Takes the first of `rows` through all layers: (what it becomes, sums).
 
     layers: arrays [L, ...], split over `stage`. rows: arrays [B, ...], split over `stage` first; those behind the first
     go along with it. shared: what every stage sees whole. apply(chunk of L / (R*S) layers, rows of a microbatch,
     shared, place) is (the first of the rows after these layers, what to sum over the microbatches, [L / (R*S), ...]).
     policy: what each tick keeps of `apply` for the backward pass (None: nothing but what came in).
+    replicas: mesh axes behind `stage` in BATCH whose devices see nothing of each other's rows in `apply`, which must
+    sum nothing then: gradients of layers are summed over them once, after the last tick, and not in every tick.
     """
 
     def work(chunks: Any, repeat: jax.Array, rows: Any, shared: Any, place: Place) -> tuple[jax.Array, Any]:
@@ -86,8 +88,9 @@ def pipelined(apply: Apply, layers: Any, rows: tuple[jax.Array, ...], shared: An
         slots, sums = _flow(work, chunks, slots, shared, repeats)
         return _joined(slots[0]), sums
 
+    split = P((STAGE, *replicas))
     out, sums = jax.shard_map(
-        local, in_specs=(P(STAGE), P(STAGE), P()), out_specs=(P(STAGE), P(None, STAGE)), axis_names={STAGE},
+        local, in_specs=(P(STAGE), split, P()), out_specs=(split, P(None, STAGE)), axis_names={STAGE, *replicas},
         check_vma=False,  # attention's own `shard_map` inside does not say over which axes its result varies
     )(layers, rows, shared)
     # [R, S chunks, ...]: chunks in the order of the layers

@@ -20,8 +20,9 @@ config = from_dict(RunConfig, json.loads(sys.argv[1]))
 mesh = make_mesh(config.mesh, topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
 with jax.set_mesh(mesh):
     compiled = compile_step(config, mesh)
-memory = compiled.memory_analysis()
-print(json.dumps({"permutes": compiled.as_text().count("collective-permute-start("),
+memory, text = compiled.memory_analysis(), compiled.as_text()
+print(json.dumps({"permutes": text.count("collective-permute-start("),
+                  "sums_in_loops": text.partition("\nENTRY ")[0].count(" all-reduce("),
                   "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
                   "on_host": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes}))
 """
@@ -47,16 +48,26 @@ def compiled(**sections):
 
 @pytest.mark.slow
 def test_stages_hold_their_layers_and_permute_without_waiting():
-    got = compiled(mesh=dict(stage=2, fsdp=4), compute=dict(pipeline_repeats=2), remat=dict(policy="stage"))
+    got = compiled(mesh=dict(stage=2, data=2, fsdp=2), compute=dict(pipeline_repeats=2), remat=dict(policy="stage"))
     assert got["permutes"] > 0
-    assert got["arguments"] < 1.1 * 3 * 4 * (LAYERS / 8 + 4096 * 512 / 4), "the layers are not split over the stages"
+    assert got["arguments"] < 1.1 * 3 * 4 * (LAYERS / 4 + 4096 * 512 / 2), "the layers are not split over the stages"
+
+
+@pytest.mark.slow
+def test_gradients_are_summed_over_replicas_after_the_last_tick():
+    got = compiled(mesh=dict(stage=2, data=4, fsdp=1), remat=dict(policy="stage"))
+    assert got["sums_in_loops"] == 0
 
 
 @pytest.mark.slow
 def test_the_optimizers_state_leaves_the_device():
-    got = compiled(mesh=dict(fsdp=8), remat=dict(policy="full"), compute=dict(offload_optimizer=True))
-    assert got["on_host"] > 0.9 * STATE / 8 * 2 / 3
-    assert got["arguments"] < 1.2 * STATE / 8 / 3
+    """And it comes back when the activations have left."""
+    sections = dict(mesh=dict(fsdp=8), remat=dict(policy="names"))
+    kept, offloaded = compiled(**sections), compiled(**sections, compute=dict(offload_optimizer=True))
+    moments = STATE / 8 * 2 / 3
+    assert kept["on_host"] == 0 and offloaded["on_host"] > 0.9 * moments
+    total = [got["arguments"] + got["temporaries"] for got in (kept, offloaded)]
+    assert total[1] < total[0] - 0.8 * moments
 
 
 @pytest.mark.slow
