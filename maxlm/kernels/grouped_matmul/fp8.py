@@ -72,7 +72,8 @@ def _rows(recipe, rows_RK, dtype, sizes_E, across, dims):
     """With a scale a row, or one of all. across: mesh axes that K is split over."""
     if recipe.scaling == "row":
         return scaled(_held(rows_RK, sizes_E), dtype, (1,), recipe.power_of_two, across)
-    return scaled(_held(rows_RK, sizes_E), dtype, None, recipe.power_of_two, (*split_over(rows_RK), "tensor") if dims else ())
+    everywhere = (*split_over(rows_RK), "tensor") if dims else ()
+    return scaled(_held(rows_RK, sizes_E), dtype, None, recipe.power_of_two, everywhere)
 
 
 def _columns(recipe, rows_RK, dtype, sizes_E, dims):
