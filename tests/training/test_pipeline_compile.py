@@ -22,7 +22,7 @@ with jax.set_mesh(mesh):
     compiled = compile_step(config, mesh)
 memory, text = compiled.memory_analysis(), compiled.as_text()
 print(json.dumps({"permutes": text.count("collective-permute-start("),
-                  "sums_in_loops": text.partition("\nENTRY ")[0].count(" all-reduce("),
+                  "sums_in_loops": text.partition("ENTRY ")[0].count(" all-reduce("),
                   "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
                   "on_host": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes}))
 """
