@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     target = find_target(request["topology"], request["slices"])
     devices = _devices(target)
     mesh = make_mesh(config.mesh, devices)
-    check_divisible(mesh, config.model, config.train)
+    check_divisible(mesh, config)
     with jax.set_mesh(mesh):
         clock = time.perf_counter()
         lowered = lower_step(config, mesh)

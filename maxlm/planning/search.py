@@ -77,7 +77,7 @@ def _candidate(config: RunConfig, target: Target, axes: dict[str, int], rows: in
                policy: str) -> Candidate | None:
     train = replace(config.train, grad_accumulation=accumulation)
     try:
-        check_divisible(SimpleNamespace(shape=axes), config.model, train)
+        check_divisible(SimpleNamespace(shape=axes), replace(config, train=train))
     except ConfigError:
         return None
     laid_out = replace(config, mesh=MeshConfig(**axes), train=train, remat=replace(config.remat, policy=policy))

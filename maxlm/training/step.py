@@ -16,6 +16,7 @@ from maxlm.config import RunConfig
 from maxlm.hardware import compiler_options
 from maxlm.model.moe.balance import balanced
 from maxlm.model.moe.load import Load
+from maxlm.parallel.memory import on_device
 from maxlm.parallel.sharding import ACTIVATION, batch_sharding, has_mesh, spec
 from maxlm.training.digest import tree_digest
 from maxlm.training.loss import Batch, real_tokens, router_loss, summed_loss, token_count
@@ -66,10 +67,11 @@ def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTran
         (loss, load), grads = _accumulate(gradient, state.params, batch, key, microbatches)
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    before = (state.params, on_device(state.opt_state, after=good))
+    updates, opt_state = optimizer.update(grads, before[1], state.params)
     params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(
-        lambda new, old: jax.lax.select(good, new, old), (params, opt_state), (state.params, state.opt_state)
+        lambda new, old: jax.lax.select(good, new, old), (params, opt_state), before
     )
     if load is not None:
         params = balanced(params, load.chosen_E, good)

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.grouped_matmul.eight_bit import grouped_product_8bit, grouped_weights_8bit
 from maxlm.numerics.fp8 import BACKWARD, FORWARD, Fp8, Quantised, scaled, scaled_alike
-from maxlm.parallel.sharding import BATCH, COMPUTE, STORAGE, Dims
+from maxlm.parallel.sharding import COMPUTE, REPLICAS, STORAGE, Dims, split_over
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -85,7 +85,8 @@ def _rows(recipe, rows_RK, dtype, sizes_E, across, dims):
     """With a scale a row, or one of all. across: mesh axes that K is split over."""
     if recipe.scaling == "row":
         return scaled(_held(rows_RK, sizes_E), dtype, (1,), recipe.power_of_two, across)
-    return scaled(_held(rows_RK, sizes_E), dtype, None, recipe.power_of_two, (*BATCH, "tensor") if dims else ())
+    everywhere = (*split_over(rows_RK), "tensor") if dims else ()
+    return scaled(_held(rows_RK, sizes_E), dtype, None, recipe.power_of_two, everywhere)
 
 
 def _kept(x8: Quantised) -> Quantised:
@@ -101,11 +102,11 @@ def _gradients(recipe, gs, sizes_E, across, dims):
     if recipe.scaling == "row":
         return [_rows(recipe, g, BACKWARD, sizes_E, across, dims) for g in gs]
     return scaled_alike([_held(g, sizes_E) for g in gs], BACKWARD, None, recipe.power_of_two,
-                        (*BATCH, "tensor") if dims else ())
+                        (*split_over(gs[0]), "tensor") if dims else ())
 
 
 def _columns(recipe, rows_RK, dtype, sizes_E, dims):
-    return scaled(_held(rows_RK, sizes_E), dtype, (0,), recipe.power_of_two, BATCH if dims else ())
+    return scaled(_held(rows_RK, sizes_E), dtype, (0,), recipe.power_of_two, split_over(rows_RK))
 
 
 def _weights(recipe, weights, contracted, dims):
@@ -151,4 +152,5 @@ def _reduced(dw_EKF, dims):
     if not dims:
         return dw_EKF
     place, axis = _stored_split(dims)
-    return jax.lax.psum(jax.lax.psum_scatter(dw_EKF, axis, scatter_dimension=place, tiled=True), "data")
+    rest = tuple(replicas for replicas in split_over(dw_EKF) if replicas in REPLICAS)
+    return jax.lax.psum(jax.lax.psum_scatter(dw_EKF, axis, scatter_dimension=place, tiled=True), rest)
