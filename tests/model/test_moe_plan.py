@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.kernels.grouped_matmul import grouped_matmul
+from maxlm.kernels.grouped_matmul import collect, grouped_matmul, spread
 from maxlm.kernels.grouped_matmul.blocks import BLOCK
-from maxlm.model.moe.plan import by_row, collect, grouped_plan, rows_needed, slotted_plan, spread, unplaced
+from maxlm.model.moe.plan import by_row, grouped_plan, rows_needed, slotted_plan, unplaced
 
 
 def choices(N, K, E, skew):
