@@ -181,7 +181,7 @@ def _held(rows, sizes_E):
 def _turned(a: Quantised) -> Quantised:
     """With the last two dims exchanged; behind a barrier, without which the compiler would quantise twice. Row-major
     before and after: left alone, XLA lays out the 16-bit rows so that the 8-bit ones need no turn, and turns the 16-bit
-    rows for everything else (docs/LOG.md)."""
+    ones for everything else."""
     values, factors = jax.lax.optimization_barrier(a)
     return Quantised(_row_major(jnp.swapaxes(_row_major(values), -1, -2)), jnp.swapaxes(factors, -1, -2))
 
