@@ -73,10 +73,11 @@ def build_model(config: RunConfig, key: jax.Array, device: jax.Device) -> Transf
     )
 
 
-def optimizer_of(config: RunConfig, peak: jax.Array | None = None) -> optax.GradientTransformation:
-    """peak: a learning rate in place of the config's, which may be traced."""
+def optimizer_of(config: RunConfig, peak: jax.Array | None = None,
+                 seed: jax.Array | None = None) -> optax.GradientTransformation:
+    """peak, seed: a learning rate and a seed in place of the config's, which may be traced."""
     return make_optimizer(config.optimizer, config.schedule, config.train.num_steps, peak=peak,
-                          scale=multipliers(config.model))
+                          scale=multipliers(config.model), seed=config.train.seed if seed is None else seed)
 
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:

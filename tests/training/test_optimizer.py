@@ -104,7 +104,7 @@ def described(tree):
 
 @pytest.mark.parametrize("recipe", typing.get_args(typing.get_type_hints(PrecisionConfig)["recipe"]))
 @pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(OptimizerConfig)["name"]))
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "float8"])
 def test_a_step_keeps_the_types_and_layout_of_the_state(name, recipe, moments):
     """By types alone (explicit sharding carries the layout in them), so without the compiled step's own demands."""
     config = tiny_config(mesh=dict(data=2, fsdp=2, tensor=2), precision=dict(recipe=recipe),
