@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from maxlm.config import PrecisionConfig
+from maxlm.numerics.blocked import Fp8Blocks
 from maxlm.numerics.fp8 import Fp8
 from maxlm.numerics.plain import Plain
 
-__all__ = ["FLOAT32", "Fp8", "Numerics", "Plain", "numerics_of"]
+__all__ = ["FLOAT32", "Fp8", "Fp8Blocks", "Numerics", "Plain", "numerics_of"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Numerics:
     """The products of each site. Those of the first and last layers may stay in the compute dtype."""
 
     dtype: jnp.dtype
-    attention: Plain | Fp8
-    mlp: Plain | Fp8
+    attention: Plain | Fp8 | Fp8Blocks
+    mlp: Plain | Fp8 | Fp8Blocks
     plain_first_layers: int = 0
     plain_last_layers: int = 0
 
@@ -54,9 +55,12 @@ def numerics_of(precision: PrecisionConfig) -> Numerics:
     """Those of a run's `precision`."""
     dtype = jnp.dtype("float32" if precision.recipe == "float32" else "bfloat16")
     plain = Plain(dtype)
-    if precision.recipe not in _SCALING:
+    if not precision.recipe.startswith("fp8"):
         return Numerics(dtype, plain, plain)
-    product = Fp8(dtype, _SCALING[precision.recipe], precision.power_of_two_scales)
+    if precision.recipe == "fp8_block":
+        product = Fp8Blocks(dtype)
+    else:
+        product = Fp8(dtype, _SCALING[precision.recipe], precision.power_of_two_scales)
     site = lambda name: product if name in precision.fp8_sites else plain  # noqa: E731
     return Numerics(
         dtype, site("attention"), site("mlp"), precision.plain_first_layers, precision.plain_last_layers
