@@ -19,7 +19,9 @@ from maxlm.numerics.blocked import Fp8Blocks
 from maxlm.numerics.fp8 import Fp8
 from maxlm.numerics.plain import Plain
 
-__all__ = ["FLOAT32", "Fp8", "Fp8Blocks", "Numerics", "Plain", "numerics_of"]
+__all__ = ["FLOAT32", "Fp8", "Fp8Blocks", "Numerics", "PRODUCTS", "Plain", "numerics_of"]
+
+PRODUCTS = ("forward", "input_gradient", "weight_gradient")  # a product in 8 bits is compiled under 'fp8_' and its name
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,8 @@ def _forward(dtype, shape, x, w):
     along = shape.into._replace(dim=-1)
     left, right = dequantised(quantise(x, along), dtype, along), dequantised(w8, dtype, shape.into, shape.out_of)
     last = tuple(range(x.ndim - shape.contracted, x.ndim))
-    return _dot(left, right, last, tuple(range(shape.contracted)), dtype, shape.out), (x, w8, w)
+    with jax.named_scope("fp8_forward"):
+        return _dot(left, right, last, tuple(range(shape.contracted)), dtype, shape.out), (x, w8, w)
 
 
 def _backward(dtype, shape, kept, g):
@@ -148,11 +149,13 @@ def _backward(dtype, shape, kept, g):
     batch = g.ndim - produced
     along = shape.out_of._replace(dim=-1)
     right = dequantised(w8, dtype, shape.into, shape.out_of)
-    dx = _dot(dequantised(quantise(g, along), dtype, along), right, tuple(range(batch, g.ndim)),
-              tuple(range(shape.contracted, w.ndim)), dtype, _layout(x))
+    g8 = dequantised(quantise(g, along), dtype, along)
+    with jax.named_scope("fp8_input_gradient"):
+        dx = _dot(g8, right, tuple(range(batch, g.ndim)), tuple(range(shape.contracted, w.ndim)), dtype, _layout(x))
     left, right = (_over_tokens(a, batch, dtype) for a in (x, g))
     tokens = tuple(range(batch))
-    dw = _dot(left, right, tokens, tokens, dtype, shape.layout).astype(jnp.float32)
+    with jax.named_scope("fp8_weight_gradient"):
+        dw = _dot(left, right, tokens, tokens, dtype, shape.layout).astype(jnp.float32)
     return dx, dw if shape.layout is None else jax.sharding.reshard(dw, _layout(w))
 
 
