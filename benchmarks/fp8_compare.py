@@ -4,8 +4,8 @@
     python3 benchmarks/fp8_compare.py --width 64 --layers 1 --tokens 128 --rows 1 --repeats 1     to try it on a CPU
 
 The step: layers of the shape of Llama 3.2 1B (RMS norm, grouped causal attention without rotation, gated MLP),
-unrolled, float32 masters, the mean square of the result as loss, gradients, and plain gradient descent. Everything but the five
-products of a layer is the same code. Qwix (pip install qwix) is left out where it is not installed, and said so; its
+unrolled, float32 masters, the mean square of the result as loss, gradients, and plain gradient descent. Everything but
+the five products of a layer is the same code. Qwix (pip install qwix) is left out where it is not installed, and said so; its
 products come from a module that it does not call public, because its own way in, interception of a model's calls,
 would take the rest of the step with it. Flax's scales are delayed: their state is in the step, and is replaced by its
 'gradient', as Flax wants it.
@@ -152,6 +152,12 @@ class Timed:
 def errors(product: Product, name: str) -> dict[str, dict[str, float]]:
     """|got - exact| / |exact| of the product and its two gradients, from bfloat16 inputs: normal, and with an outlier.
     Flax's scales are those that its state holds after three rounds of the same inputs."""
+
+    @jax.jit
+    def gradients(x, w, g, state):
+        y, pull = jax.vjp(product, x, w, state)
+        return y, *pull(g)
+
     rng, found = np.random.default_rng(0), {}
     for case in ("normal", "outlier 1e6 times the rest"):
         x, w, g = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) for a in (
@@ -160,13 +166,10 @@ def errors(product: Product, name: str) -> dict[str, dict[str, float]]:
             x *= 2.0**-7
             x[0, 0, 0] = 1e4
 
-        def gradients(state, x=x, w=w, g=g):
-            y, pull = jax.vjp(product, jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.float32), state)
-            return y, *pull(jnp.asarray(g, jnp.bfloat16))
-
+        inputs = (jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.float32), jnp.asarray(g, jnp.bfloat16))
         state = flax_state() if name == "flax" else None
         for _ in range(4 if state else 1):
-            y, dx, dw, state = jax.jit(gradients)(state)
+            y, dx, dw, state = gradients(*inputs, state)
         exact = x @ w, g @ w.T, np.einsum("btd,btf->df", x, g)
         # Beside the outlier: of the result, without the row that holds it; of the weight's gradient, without its row.
         parts = {"y": np.s_[:, 1:], "dx": np.s_[:, :], "dw": np.s_[1:]}
