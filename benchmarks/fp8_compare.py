@@ -5,10 +5,10 @@
 
 The step: layers of the shape of Llama 3.2 1B (RMS norm, grouped causal attention without rotation, gated MLP),
 unrolled, float32 masters, the mean square of the result as loss, gradients, and plain gradient descent. Everything but
-the five products of a layer is the same code. Qwix (pip install qwix) is left out where it is not installed, and said so; its
-products come from a module that it does not call public, because its own way in, interception of a model's calls,
-would take the rest of the step with it. Flax's scales are delayed: their state is in the step, and is replaced by its
-'gradient', as Flax wants it.
+the five products of a layer is the same code. Qwix (pip install qwix) is left out where it is not installed, and said
+so; its products come from a module that it does not call public, because its own way in, interception of a model's
+calls, would take the rest of the step with it. Flax's scales are delayed: their state is in the step, and is replaced
+by its 'gradient', as Flax wants it.
 """
 
 from __future__ import annotations
