@@ -31,6 +31,7 @@ from maxlm.checkpoint.leaves import leaf_name
 from maxlm.numerics.blocks import Block, block_along, cut, joined
 from maxlm.parallel.sharding import STORAGE, Dims, has_mesh
 from maxlm.schema import ConfigError
+from maxlm.training.digest import positions, scrambled
 
 _CUT = 20  # of a float32's 23 mantissa bits those that a code leaves out
 
@@ -70,11 +71,15 @@ class Rounding:
         return jax.tree.map(lambda x: x.astype(jnp.float32), kept)
 
     def _bits(self, key: jax.Array, name: str, x: jax.Array) -> jax.Array:
-        """uint32 of x's shape and layout, of which each moment has 16."""
-        key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        """16 random bits for each of x's values, in its layout; of each word of 32 both moments have one half.
+
+        A hash of the place under two words of the parameter's key: threefry for every value would cost more than the
+        update (docs/LOG.md).
+        """
+        first, second = jax.random.bits(jax.random.fold_in(key, zlib.crc32(name.encode())), (2,), jnp.uint32)
         layout = jax.typeof(x).sharding.spec if has_mesh() else None
-        bits = jax.random.bits(key, x.shape, jnp.uint32, out_sharding=layout)
-        return bits >> 16 if self.signed else bits & 0xFFFF
+        word = scrambled(scrambled(positions(x.shape, tuple(range(x.ndim)), layout) + first) ^ second)
+        return word >> 16 if self.signed else word & 0xFFFF
 
 
 def stored_in(inner: optax.GradientTransformation, roundings: dict[str, Rounding],
