@@ -61,7 +61,7 @@ def _fp8_units(config: RunConfig, device: jax.Device) -> str:
     chip = chip_of(device.device_kind)
     if chip is None or chip.peak("fp8") is None:
         return f"; {config.precision.recipe} products are emulated: no FP8 units are known of {device.device_kind}"
-    slow = chip.peak("fp8") <= chip.peak("bf16")
+    slow = chip.peak("fp8") <= chip.peak("bf16") or config.precision.recipe == "fp8_block"
     return f"; {config.precision.recipe} products" + (f", which {chip.name} makes no faster than bf16" if slow else "")
 
 
