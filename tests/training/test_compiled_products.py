@@ -1,5 +1,10 @@
 """What 8-bit products are compiled to: on this CPU, on a GPU by its HLO's form, on a TPU ahead of time."""
 
+import json
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -45,3 +50,52 @@ def test_all_three_products_of_every_site_are_found_in_a_compiled_step(recipe):
     counts = {product: sum(sum(shapes.values()) for shapes in found.get(product, {}).values()) for product in PRODUCTS}
     assert counts == dict.fromkeys(PRODUCTS, 5 if recipe != "bf16" else 0)
     assert found["other"]
+
+
+TPU = """
+import json, sys
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from maxlm.config import PrecisionConfig
+from maxlm.numerics import numerics_of
+from maxlm.training.compiled_products import products
+
+product = numerics_of(PrecisionConfig(recipe="fp8")).mlp
+device = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices[0]
+
+
+def all_three(x, w, g):
+    def multiply(x, w):
+        return product.einsum("BTD,DF->BTF", x, nnx.Param(w, dims=("embed", "mlp")), ("batch", None, "mlp"))
+
+    y, pull = jax.vjp(multiply, x, w)
+    return y, *pull(g)
+
+
+shapes = (((2, 128, 256), "bfloat16"), ((256, 512), "float32"), ((2, 128, 512), "bfloat16"))
+arrays = [jax.ShapeDtypeStruct(*shape, sharding=SingleDeviceSharding(device)) for shape in shapes]
+print(json.dumps(products(jax.jit(all_three).lower(*arrays).compile().as_text())))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "native"), [("tpu7x:2x2x1", True), ("v5e:2x2", False)])
+def test_a_tpu7x_multiplies_8_bits_natively(topology, native, tmp_path):
+    """Every matrix instruction of the final program is on 8-bit floats there, and none on a v5e, which has no such
+    units, though the HLO of both is the same."""
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+    environment = {**os.environ, **quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu",
+                   "PYTHONPATH": os.pathsep.join(sys.path), "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", TPU, topology], env=environment, capture_output=True, text=True,
+                          timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {name: list(calls) for name, calls in json.loads(done.stdout.splitlines()[-1]).items()} == {
+        "forward": ["convolution f8e4m3fn f8e4m3fn"], "input_gradient": ["convolution f8e5m2 f8e4m3fn"],
+        "weight_gradient": ["convolution f8e4m3fn f8e5m2"]}
+    programs = [path.read_text() for path in tmp_path.glob("*-final_bundles.txt") if "analysis" not in path.name]
+    instructions = [word for text in programs for word in re.findall(r"\bvmatmul[\w.]*", text)]
+    in_8_bits = [word for word in instructions if ".f8e" in word]
+    assert instructions and len(in_8_bits) == (len(instructions) if native else 0)
