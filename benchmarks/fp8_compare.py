@@ -42,7 +42,7 @@ Product = Callable[[jax.Array, jax.Array, Any], jax.Array]  # (x [.., D], weight
 
 
 def ours(recipe: str) -> Product:
-    einsum = numerics_of(PrecisionConfig(recipe=recipe)).mlp.einsum
+    einsum = numerics_of(PrecisionConfig(recipe=recipe), jax.default_backend()).mlp.einsum
     return lambda x, w, _: einsum("BTD,DF->BTF", x, nnx.Param(w, dims=("embed", "mlp")), ("batch", None, "mlp"))
 
 

@@ -32,19 +32,23 @@ import numpy as np  # noqa: E402
 from jax.experimental import pallas as pl  # noqa: E402
 from jax.experimental.pallas import triton as pltriton  # noqa: E402
 
+from maxlm.config import PrecisionConfig  # noqa: E402
 from maxlm.hardware import compiler_options  # noqa: E402
-from maxlm.numerics import blocked  # noqa: E402
+from maxlm.numerics import blocked, numerics_of  # noqa: E402
 from maxlm.numerics.blocks import BLOCK, block_along  # noqa: E402
-from maxlm.numerics.fp8 import FORWARD, Fp8, product, quantise  # noqa: E402
+from maxlm.numerics.fp8 import FORWARD, product, quantise  # noqa: E402
 from maxlm.training.benchmark import commit  # noqa: E402
 
 FP8_CALL = "__cublas$lt$matmul$f8"
 TILE = 128  # rows and columns of the kernel's result
 
 
-def operands(size: int, scaling: str):
-    recipe = Fp8(jnp.dtype("bfloat16"), scaling)
-    return [quantise(jax.random.normal(jax.random.key(i), (size, size)), FORWARD, range(1, 2), recipe) for i in (0, 1)]
+def quantised(name: str, size: int):
+    """(product of two operands, operands) of a recipe with scales a tensor or a row."""
+    recipe = numerics_of(PrecisionConfig(recipe=name), jax.default_backend()).mlp
+    operands = [quantise(jax.random.normal(jax.random.key(i), (size, size)), FORWARD, range(1, 2), recipe)
+                for i in (0, 1)]
+    return lambda a, b: product(recipe, a, b, 1, jnp.bfloat16, None), operands
 
 
 def block_operands(size: int):
@@ -106,12 +110,12 @@ def kernel(x, w, *, interpret: bool):
 
 def candidates(size: int):
     """Name -> (function of its operands, operands)."""
-    tensor, row, blocks = operands(size, "tensor"), operands(size, "row"), block_operands(size)
+    blocks = block_operands(size)
     plain = [jax.random.normal(jax.random.key(i), (size, size)).astype(jnp.bfloat16) for i in (0, 1)]
-    ours = lambda a, b: product(a, b, 1, jnp.bfloat16, None)  # noqa: E731
     in_kernel = functools.partial(kernel, interpret=jax.default_backend() != "gpu")
-    return {"tensor": (ours, tensor), "row": (ours, row), "block": (as_it_is, blocks), "block split": (split, blocks),
-            "block kernel": (in_kernel, blocks), "bf16": (lambda a, b: _dot(a, b, jnp.bfloat16), plain)}
+    return {"tensor": quantised("fp8", size), "row": quantised("fp8_rowwise", size), "block": (as_it_is, blocks),
+            "block split": (split, blocks), "block kernel": (in_kernel, blocks),
+            "bf16": (lambda a, b: _dot(a, b, jnp.bfloat16), plain)}
 
 
 def compiled(name: str, function, arguments):

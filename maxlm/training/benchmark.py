@@ -39,7 +39,7 @@ def measure(config: RunConfig, *, steps: int = 20, warmup: int = 3, documents: i
     slow_products: on a GPU, those that are not cuBLASLt's FP8 call.
     """
     mesh = make_mesh(config.mesh)
-    check_divisible(mesh, config.model, config.train)
+    check_divisible(mesh, config)
     with jax.set_mesh(mesh):
         clock = time.perf_counter()
         step = compile_step(config, mesh)

@@ -63,7 +63,7 @@ from maxlm.config import PrecisionConfig
 from maxlm.numerics import numerics_of
 from maxlm.training.compiled_products import products
 
-product = numerics_of(PrecisionConfig(recipe="fp8")).mlp
+product = numerics_of(PrecisionConfig(recipe="fp8"), "tpu").mlp
 device = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices[0]
 
 
