@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
-from maxlm.numerics import Fp8, Fp8Blocks
+from maxlm.config import ModelConfig, PrecisionConfig, RunConfig
+from maxlm.numerics import Fp8, Fp8Blocks, Plain, numerics_of
 from maxlm.numerics.blocked import dequantised, quantise
 from maxlm.numerics.blocks import block_along, cut, joined
 from maxlm.parallel.sharding import ACTIVATION, STORAGE, spec
@@ -163,3 +164,13 @@ def test_weights_are_gathered_in_8_bits_and_a_split_block_is_refused():
                 jaxpr = str(jax.jit(multiply).trace(*arrays).jaxpr)
                 assert jaxpr.count(":f8_e4m3fn[32,64@tensor] = reshard") == 1
                 assert jaxpr.count("f32[32,64@tensor] = reshard") + jaxpr.count("bf16[32,64@tensor] = reshard") <= 1
+
+
+def test_experts_are_refused_before_anything_runs():
+    sparse = ModelConfig(num_experts=4, experts_per_token=2, expert_dim=64)
+    with pytest.raises(ConfigError, match="no products of experts: set precision.fp8_sites=attention,mlp"):
+        RunConfig(model=sparse, precision=PrecisionConfig(recipe="fp8_block"))
+    precision = PrecisionConfig(recipe="fp8_block", fp8_sites=("attention", "mlp"))
+    RunConfig(model=sparse, precision=precision)
+    numerics = numerics_of(precision)
+    assert isinstance(numerics.mlp, Fp8Blocks) and isinstance(numerics.experts, Plain)
