@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from maxlm.schema import require
-from maxlm.submit.job import Job
+from maxlm.submit.job import Job, check_kept
 from maxlm.submit.shell import CONFIG_VARIABLE, RESTART, supervised, train
 from maxlm.submit.topology import Topology
 
@@ -52,6 +52,7 @@ def cluster(arguments: argparse.Namespace) -> Cluster:
 
 def single(job: Job, cluster: Cluster) -> str:
     """The batch script of one run. Its log is RUN_DIR.log."""
+    _check_seen(job.run_dir, cluster)
     lines = [f"export {CONFIG_VARIABLE}={shlex.quote(job.config_json)}"]
     return _script(job.name, job.topology, cluster, job.retries, job.grace_seconds, f"{job.run_dir}.log", lines,
                    _srun(cluster, train(job.run_dir)), shlex.quote(job.run_dir))
@@ -63,6 +64,7 @@ def array(name: str, runs: Sequence[str], out: str, topology: Topology, cluster:
 
     Element I is run `runs[I]` of OUT: its config is OUT/configs/RUN.json, its log OUT/logs/RUN.log.
     """
+    _check_seen(out, cluster)
     out = shlex.quote(out)
     command = f'exec maxlm train {out}/configs/"$run".json --run-dir {out}/runs/"$run"'
     limit = f"%{at_a_time}" if at_a_time else ""
@@ -76,6 +78,11 @@ def runs_of(script: str) -> list[str]:
     """The runs of a script that `array` made, in the order of its elements."""
     line = next(line for line in script.splitlines() if line.startswith("runs=("))
     return shlex.split(line.removeprefix("runs=(").removesuffix(")"))
+
+
+def _check_seen(path: str, cluster: Cluster) -> None:
+    if cluster.image:
+        check_kept(path, cluster.mounts, "let the container see its folder with --mount PATH")
 
 
 def _srun(cluster: Cluster, command: str) -> str:

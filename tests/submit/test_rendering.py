@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import sys
 
 import jsonschema
 import pytest
@@ -191,16 +192,18 @@ def test_slurm_array():
         ("submit_gke", [*TPU, *GKE, "--set", "model.layers=1"], "unknown config key 'model.layers'"),
         ("submit_gke", [*TPU, *GKE, "--name", "Big"], "--name Big must be at most"),
         ("submit_gke", [*TPU, "--claim", "runs:/runs"], "--image is needed"),
-        ("submit_gke", [*TPU, "--image", "i", "--claim", "other:/other"], "would be lost with its pod"),
+        ("submit_gke", [*TPU, "--image", "i", "--claim", "other:/other"], "would be lost with the job: mount a volume"),
         ("submit_gke", [*TPU, "--image", "i", "--claim", "runs"], "must be NAME:/PATH"),
         ("submit_gke", ["--topology", "cpu:1x2", *GKE], "not for this scheduler, which has TPUs and GPUs"),
         ("submit_gke", [*GPU, *GKE, "--slices", "2", "--set", "mesh.data=2"], "--slices 2 is for TPUs"),
         ("submit_gke", [*GKE], "--topology is needed"),
         ("submit_slurm", [*TPU], "not for this scheduler, which has GPUs and CPUs"),
         ("submit_slurm", [*GPU, "--mount", "/runs"], "--mount is for --image"),
+        ("submit_slurm", [*GPU, "--image", "i"], "would be lost with the job: let the container see"),
+        ("submit_tpu_queued", [*TPU, "--zone", "z", "--image", "i", "--mount", "/run"], "let the container see"),
         ("submit_slurm", [*GPU, "--retries", "-1"], "--retries -1 must be 0 or more"),
         ("submit_tpu_queued", ["--topology", "v5p:4x8x16", "--zone", "z"], "ask for v5p:8x8x8"),
-        ("submit_skypilot", [*GPU], "would be lost with its machine"),
+        ("submit_skypilot", [*GPU], "would be lost with the job: mount a bucket"),
         ("submit_skypilot", [*TPU, "--slices", "2", "--set", "mesh.data=2"], "SkyPilot has no multislice"),
         ("submit_skypilot", [*GPU, "--bucket", "/runs"], "must be /PATH=URL"),
     ],
@@ -230,5 +233,5 @@ def test_the_tool_is_called(name, tool, monkeypatch, capsys, tmp_path):
 def test_nothing_starts_jax():
     code = ("import sys, maxlm.submit.gke, maxlm.submit.queued, maxlm.submit.skypilot, maxlm.submit.slurm; "
             "print(*[m for m in ('jax', 'numpy', 'yaml') if m in sys.modules])")
-    child = subprocess.run(["python3", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (child.returncode, child.stdout.strip()) == (0, "")
