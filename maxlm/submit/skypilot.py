@@ -53,7 +53,7 @@ def task(job: Job, cluster: Cluster) -> dict[str, Any]:
                              "submit_tpu_queued.py")
     require(place.kind != "tpu7x", f"--topology {place}: SkyPilot has no tpu7x: use submit_gke.py or "
                                    "submit_tpu_queued.py")
-    check_kept(job.run_dir, (path for path, _ in cluster.buckets), "mount a bucket that holds it with --bucket /PATH=URL")
+    check_kept(job.run_dir, (path for path, _ in cluster.buckets), "mount a bucket that holds it: --bucket /PATH=URL")
     resources: dict[str, Any] = {
         "accelerators": f"tpu-{place.accelerator_type}" if tpu
         else f"{GPUS[place.kind].skypilot}:{place.chips_per_host}",
