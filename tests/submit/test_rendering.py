@@ -196,6 +196,7 @@ def test_slurm_array():
         ("submit_gke", [*TPU, "--image", "i", "--claim", "runs"], "must be NAME:/PATH"),
         ("submit_gke", ["--topology", "cpu:1x2", *GKE], "not for this scheduler, which has TPUs and GPUs"),
         ("submit_gke", [*GPU, *GKE, "--slices", "2", "--set", "mesh.data=2"], "--slices 2 is for TPUs"),
+        ("submit_gke", ["--topology", "v6e:2x4", *GKE, "--slices", "2", "--set", "mesh.data=2"], "is one host"),
         ("submit_gke", [*GKE], "--topology is needed"),
         ("submit_slurm", [*TPU], "not for this scheduler, which has GPUs and CPUs"),
         ("submit_slurm", [*GPU, "--mount", "/runs"], "--mount is for --image"),
