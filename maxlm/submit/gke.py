@@ -70,8 +70,8 @@ def jobset(job: Job, cluster: Cluster, labels: dict[str, str] | None = None) -> 
     """The manifest of a run. Raises ConfigError where no claim holds the run directory, or for several slices of one
     host each, which GKE does not join."""
     check_claimed(job.run_dir, cluster)
-    require(job.slices == 1 or job.topology.hosts > 1, f"--slices {job.slices}: GKE joins slices of several hosts alone, "
-                                                       f"and {job.topology} is one host")
+    require(job.slices == 1 or job.topology.hosts > 1, f"--slices {job.slices}: GKE joins slices of several hosts, and "
+                                                       f"{job.topology} is one host")
     queueing = {QUEUE: cluster.queue, PRIORITY: cluster.priority}
     tpu = job.topology.platform == "tpu"
     metadata: dict[str, Any] = {
