@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LAUNCHERS = ("local", "slurm", "gke")
 CLUSTERS = ("topology", "image", "setup", "retries")  # options of slurm and gke, of slurm, of gke
-SLURM = ("partition", "account", "time", "sbatch", "mount")
+SLURM = ("partition", "account", "time", "cpus_per_task", "sbatch", "mount")
 GKE = ("queue", "priority", "namespace", "claim", "node_selector")
 NOT_FOR = {"local": (*CLUSTERS, *SLURM, *GKE), "slurm": GKE, "gke": (*SLURM, "jobs")}
 MISTAKE, UNSAFE = 2, 3
