@@ -163,14 +163,16 @@ def test_gcloud_knows_these_options(monkeypatch, capsys):
 
 
 def test_slurm(monkeypatch, capsys):
-    words = train(*GPU, "--partition", "gpu", "--time", "1-00:00", "--cpus-per-task", "12", "--sbatch=--qos=high", "--setup", "module load cuda",
-                  "--image", "registry/maxlm:1", "--mount", "/runs")
+    words = train(*GPU, "--partition", "gpu", "--time", "1-00:00", "--cpus-per-task", "12", "--sbatch=--qos=high",
+                  "--setup", "module load cuda", "--image", "registry/maxlm:1", "--mount", "/runs")
     script = rendered("submit_slurm", words, monkeypatch, capsys)
     options = [line.split()[1] for line in script.splitlines() if line.startswith("#SBATCH")]
-    assert options[1:] == ["--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu", "--time=1-00:00",
-                           "--cpus-per-task=12", "--output=/runs/70b.log", "--open-mode=append", "--requeue", "--signal=TERM@150",
-                           "--qos=high"]
-    assert "srun --wait=120 --kill-on-bad-exit=0 --cpus-per-task=12 --container-image=registry/maxlm:1 --container-mounts=/runs:/runs" in script
+    assert options[1:] == [
+        "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu", "--time=1-00:00",
+        "--cpus-per-task=12", "--output=/runs/70b.log", "--open-mode=append", "--requeue", "--signal=TERM@150",
+        "--qos=high"]
+    assert ("srun --wait=120 --kill-on-bad-exit=0 --cpus-per-task=12 --container-image=registry/maxlm:1 "
+            "--container-mounts=/runs:/runs bash -c ") in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
