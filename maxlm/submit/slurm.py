@@ -23,8 +23,8 @@ LAST_TASK_SECONDS = 120  # that the other tasks have once one has ended; they le
 
 @dataclass(frozen=True)
 class Cluster:
-    """What this cluster needs beside the job. `cpus` are a task's, `more` further sbatch options, `mounts` host paths that
-    a container sees, `setup` lines of shell before the first start."""
+    """What this cluster needs beside the job. `cpus` are a task's, `more` further sbatch options, `mounts` host paths
+    that a container sees, `setup` lines of shell before the first start."""
 
     partition: str | None = None
     account: str | None = None
