@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.sharding import BATCH, SHARD, STORAGE, has_mesh, shard_count
+from maxlm.parallel.sharding import BATCH, REPLICAS, SHARD, STORAGE, has_mesh, shard_count
 
 MAX_LOGITS_BYTES = 2**31  # float32 logits of one chunk on one device
 
@@ -104,7 +104,7 @@ def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, shard
         dx_BTD = jax.lax.psum(dx_BTD, "tensor")
         if split:
             dw_VD = jax.lax.psum_scatter(dw_VD, SHARD, scatter_dimension=1, tiled=True)
-        dw_VD = jax.lax.psum(dw_VD, "data" if split else BATCH)
+        dw_VD = jax.lax.psum(dw_VD, REPLICAS if split else BATCH)
     return sums, dx_BTD, dw_VD
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.sharding import BATCH, SHARD, STORAGE, has_mesh, shard_count
+from maxlm.parallel.sharding import BATCH, REPLICAS, SHARD, STORAGE, has_mesh, shard_count
 
 _TABLE = P(STORAGE["vocab"], STORAGE["embed"])
 
@@ -111,7 +111,7 @@ def _sharded_scatter(dx_BTD, tokens_BT, *, vocab):
     dw_VD = _scatter(dx_BTD, tokens_BT, vocab=shard, first=jax.lax.axis_index("tensor") * shard)
     if shard_count() == 1:
         return jax.lax.psum(dw_VD, BATCH)
-    return jax.lax.psum(jax.lax.psum_scatter(dw_VD, SHARD, scatter_dimension=1, tiled=True), "data")
+    return jax.lax.psum(jax.lax.psum_scatter(dw_VD, SHARD, scatter_dimension=1, tiled=True), REPLICAS)
 
 
 def _gathered(shard_VD):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from maxlm.config import AXES, MeshConfig, ModelConfig, TrainConfig
+from maxlm.config import AXES, MeshConfig, RunConfig
 from maxlm.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -26,10 +26,9 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     others = math.prod(size for size in sizes.values() if size != "rest")
     if sizes["fsdp"] == "rest":
         if num_devices % others:
-            raise ConfigError(
-                f"mesh.data * mesh.expert * mesh.tensor = {others} does not divide the {num_devices} devices: "
-                "choose sizes whose product divides them"
-            )
+            axes = " * ".join(f"mesh.{axis}" for axis, size in sizes.items() if size not in (1, "rest"))
+            raise ConfigError(f"{axes} = {others} does not divide the {num_devices} devices: choose sizes whose "
+                              "product divides them")
         sizes["fsdp"] = num_devices // others
     elif others != num_devices:
         axes = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "all axes 1"
@@ -41,7 +40,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """A mesh over `devices` (all by default) with explicit axis types: a layout mistake is a trace-time error.
 
     `data` is outermost, so that on several hosts or slices its slow links carry the gradient sum alone;
-    `tensor` is innermost, on the fastest links. Raises ConfigError where the sizes do not fit the devices.
+    `tensor` is innermost, on the fastest links. Between TPU slices, which only the data center's network connects,
+    `data` alone runs. Raises ConfigError where the sizes do not fit the devices.
     """
     import jax
     from jax.experimental import mesh_utils
@@ -49,23 +49,44 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     devices = list(jax.devices() if devices is None else devices)
     sizes = axis_sizes(config, len(devices))
+    slices = _slices(devices)
+    if sizes["data"] % slices:
+        raise ConfigError(f"mesh.data={sizes['data']} is not a multiple of the {slices} TPU slices, which must split "
+                          f"no other axis: set it to {slices}, or to a multiple")
     # A pod is a torus of few axes: ours may have to share one of them.
-    layout = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    how = {"devices": devices, "allow_split_physical_axes": True}
+    if slices == 1:
+        layout = mesh_utils.create_device_mesh(tuple(sizes.values()), **how)
+    else:
+        inside = sizes | {"data": sizes["data"] // slices}
+        between = dict.fromkeys(sizes, 1) | {"data": slices}
+        layout = mesh_utils.create_hybrid_device_mesh(tuple(inside.values()), tuple(between.values()), **how)
     return Mesh(layout, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
 
 
-def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:
+def _slices(devices: Sequence[jax.Device]) -> int:
+    """How many TPU slices these are of. GPUs call their nodes slices as well, but any axis may run between nodes."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})  # one slice's compile-only devices have none
+
+
+def check_divisible(mesh: Mesh, config: RunConfig) -> None:
     """Raises ConfigError, naming the field and the fix, where a sharded size is not a multiple of its axes. Of the mesh
     it reads `shape` alone."""
-    tensor, fsdp, expert = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert"))
-    batch = mesh.shape["data"] * fsdp * expert
+    model, train = config.model, config.train
+    tensor, fsdp, expert, stage = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert", "stage"))
+    batch, axes = mesh.shape["data"] * fsdp * expert, "mesh.data * mesh.fsdp * mesh.expert"
+    if stage > 1:  # microbatches, of which a multiple of the stages
+        count = config.compute.pipeline_microbatches
+        batch *= stage if count == "auto" else count
+        axes += " * mesh.stage" if count == "auto" else " * compute.pipeline_microbatches"
     microbatch = train.global_batch_size // train.grad_accumulation
     if microbatch % batch:
         raise ConfigError(
             f"train.global_batch_size / train.grad_accumulation = {microbatch} is not a multiple of "
-            f"mesh.data * mesh.fsdp * mesh.expert = {batch}: raise the batch to a multiple of "
-            f"{batch * train.grad_accumulation} "
-            "or use fewer devices along these axes"
+            f"{axes} = {batch}: raise the batch to a multiple of {batch * train.grad_accumulation} "
+            f"or use fewer devices along these axes"
         )
     for field, size, axis, ways in (
         ("hidden_dim", model.hidden_dim, "fsdp * mesh.expert", fsdp * expert),
@@ -77,3 +98,18 @@ def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:
     ):
         if size % ways:
             raise ConfigError(f"model.{field}={size} is not a multiple of mesh.{axis}={ways}: change either")
+
+
+def pipeline_told(config: RunConfig, mesh: Mesh) -> str:
+    """What a run says of its pipeline; nothing where it has none."""
+    from maxlm.parallel.pipeline import Pipeline, bubble_share
+    from maxlm.parallel.sharding import BATCH
+
+    stages, ways = mesh.shape["stage"], math.prod(mesh.shape[axis] for axis in BATCH) // mesh.shape["stage"]
+    if stages == 1:
+        return ""
+    pipeline = Pipeline(config.compute.pipeline_microbatches, config.compute.pipeline_repeats)
+    count = pipeline.count(config.train.global_batch_size // config.train.grad_accumulation, ways)
+    idle = bubble_share(stages, count, pipeline.repeats)
+    parts = f" of {pipeline.repeats} parts each" if pipeline.repeats > 1 else ""
+    return f"; pipeline: {stages} stages{parts}, {count} microbatches, {idle:.1%} of a step idle"

@@ -62,7 +62,7 @@ def check(config: RunConfig, topology: Topology, slices: int = 1) -> RunConfig:
     sizes = axis_sizes(config.mesh, topology.devices * slices)
     require(sizes["data"] % slices == 0, f"mesh.data={sizes['data']} must be a multiple of --slices {slices}: slices "
                                          "are joined along mesh.data")
-    check_divisible(SimpleNamespace(shape=sizes), config.model, config.train)
+    check_divisible(SimpleNamespace(shape=sizes), config)
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=sizes["fsdp"]))
 
 

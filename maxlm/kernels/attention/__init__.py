@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.kernels.attention.choose import choose_attention
 from maxlm.kernels.attention.reference import reference_attention
+from maxlm.parallel.sharding import free_axes
 
 __all__ = ["attention", "choose_attention"]
 
@@ -56,7 +57,7 @@ def attention(
         raise ValueError(f"attention needs whole rows and heads on a device, q_BTHK is {jax.typeof(q_BTHK)}")
     qkv = P(batch, None, heads, None)
     return jax.shard_map(
-        local, in_specs=(qkv, qkv, qkv, P(batch, None)), out_specs=qkv,
+        local, in_specs=(qkv, qkv, qkv, P(batch, None)), out_specs=qkv, axis_names=free_axes(),
         check_vma=False,  # the kernels' outputs do not say over which axes they vary
     )(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT)
 
