@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from maxlm.scaling.command import read_for
 from maxlm.scaling.fit import check_design, flops_per_param_token, point_fit
 from maxlm.scaling.laws import LAWS, find_law
 from maxlm.scaling.runs import read_runs
@@ -97,6 +98,23 @@ def test_a_law_recovers_its_parameters(name, tmp_path):
         parameter = {"d_": "d", "lam": "lambda"}.get(parameter, parameter)  # a taken name, and Python's own
         assert abs(fitted.natural()[parameter] / value - 1) < 1e-3, (parameter, fitted.natural()[parameter])
     assert np.abs(fitted.residuals(runs)).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["kaplan", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "kaplan")])
+def test_neither_order_nor_units_nor_names_nor_copies_matter(name, tmp_path):
+    runs, _ = runs_of(name, tmp_path / "runs.csv")
+    law, random = LAWS[name], np.random.default_rng(3)
+    columns = {column: runs.columns[column] for column in law.needed}
+    columns[law.target] = columns[law.target] * np.exp(0.003 * random.standard_normal(len(runs)))
+    write_csv(tmp_path / "plain.csv", **{column: values.tolist() for column, values in columns.items()})
+    plain = point_fit(law, read_for(name, tmp_path / "plain.csv", "", "")[1])
+    rows = random.permutation(np.concatenate([np.arange(len(runs)), random.integers(len(runs), size=8)]))
+    unit = {"params": 1e-6, "active_params": 1e-6, "tokens": 1e-9, "unique_tokens": 1e-9, "flops": 1e-20}
+    other = {f"their {c}": (values * unit.get(c, 1))[rows].tolist() for c, values in columns.items()}
+    write_csv(tmp_path / "other.csv", **other)
+    found = point_fit(law, read_for(name, tmp_path / "other.csv", ",".join(f"{c}=their {c}" for c in columns), "")[1])
+    assert np.allclose(found.theta, plain.theta, rtol=1e-5, atol=1e-6)
+    assert abs(found.objective / plain.objective - 1) < 1e-6
 
 
 def test_the_interval_of_a_chained_forecast_holds_the_errors_of_both_steps(tmp_path):
