@@ -197,6 +197,21 @@ def test_one_ratio_of_tokens_to_parameters(tmp_path):
         point_fit(law, read_runs(path, law.needed))
 
 
+@pytest.mark.parametrize(("name", "change", "words"), [
+    ("moe-sparsity", lambda c: {"active_params": c["params"] / 4}, "cannot tell params from active_params"),
+    ("data-constrained", lambda c: {"unique_tokens": c["tokens"] / 4}, "vary unique_tokens at equal tokens"),
+    ("moe-granularity", lambda c: {"granularity": 1e3 * c["params"] / c["tokens"]}, "the same product of powers"),
+    ("step-learning-rate", lambda c: {"tokens": 20 * c["params"]}, "cannot tell params from tokens"),
+    ("accuracy-chained", lambda c: {"tokens": 1e18 / c["params"]}, "cannot tell params from tokens"),
+])
+def test_inputs_that_follow_from_one_another(name, change, words, tmp_path):
+    runs, _ = runs_of(name, tmp_path / "runs.csv")
+    check_design(LAWS[name], runs)
+    runs.columns.update(change(runs.columns))
+    with pytest.raises(ConfigError, match=words):
+        check_design(LAWS[name], runs)
+
+
 def test_a_loss_that_rises_with_scale_is_refused(tmp_path):
     params, tokens = ladder()
     path = write_csv(tmp_path / "runs.csv", params=params.tolist(), tokens=tokens.tolist(),
