@@ -68,7 +68,7 @@ class ComputeConfig:
     """
 
     attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
-    grouped_matmul: Literal["auto", "blocks", "ragged_dot", "mosaic_gpu"] = "auto"
+    grouped_matmul: Literal["auto", "blocks", "ragged_dot", "mosaic_gpu", "mosaic_tpu"] = "auto"
     expert_exchange: Literal["auto", "all_to_all", "ragged_all_to_all", "all_gather"] = "auto"
     deterministic: bool = False
     layer_unroll: int | Literal["all"] = 1

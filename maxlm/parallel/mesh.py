@@ -1,18 +1,20 @@
-"""The device mesh: six named axes, every one present, most of size 1."""
+"""The device mesh: six named axes, every one present, most of size 1.
+
+The checks need no JAX, so that a submission makes them where there is none.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from typing import TYPE_CHECKING
 
 from maxlm.config import AXES, MeshConfig, RunConfig
-from maxlm.parallel.pipeline import Pipeline, bubble_share
-from maxlm.parallel.sharding import BATCH
 from maxlm.schema import ConfigError
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
 
 
 def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -38,17 +40,40 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """A mesh over `devices` (all by default) with explicit axis types: a layout mistake is a trace-time error.
 
     `data` is outermost, so that on several hosts or slices its slow links carry the gradient sum alone;
-    `tensor` is innermost, on the fastest links. Raises ConfigError where the sizes do not fit the devices.
+    `tensor` is innermost, on the fastest links. Between TPU slices, which only the data center's network connects,
+    `data` alone runs. Raises ConfigError where the sizes do not fit the devices.
     """
+    import jax
+    from jax.experimental import mesh_utils
+    from jax.sharding import AxisType, Mesh
+
     devices = list(jax.devices() if devices is None else devices)
     sizes = axis_sizes(config, len(devices))
+    slices = _slices(devices)
+    if sizes["data"] % slices:
+        raise ConfigError(f"mesh.data={sizes['data']} is not a multiple of the {slices} TPU slices, which must split "
+                          f"no other axis: set it to {slices}, or to a multiple")
     # A pod is a torus of few axes: ours may have to share one of them.
-    layout = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    how = {"devices": devices, "allow_split_physical_axes": True}
+    if slices == 1:
+        layout = mesh_utils.create_device_mesh(tuple(sizes.values()), **how)
+    else:
+        inside = sizes | {"data": sizes["data"] // slices}
+        between = dict.fromkeys(sizes, 1) | {"data": slices}
+        layout = mesh_utils.create_hybrid_device_mesh(tuple(inside.values()), tuple(between.values()), **how)
     return Mesh(layout, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
 
 
+def _slices(devices: Sequence[jax.Device]) -> int:
+    """How many TPU slices these are of. GPUs call their nodes slices as well, but any axis may run between nodes."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})  # one slice's compile-only devices have none
+
+
 def check_divisible(mesh: Mesh, config: RunConfig) -> None:
-    """Raises ConfigError, naming the field and the fix, where a sharded size is not a multiple of its axes."""
+    """Raises ConfigError, naming the field and the fix, where a sharded size is not a multiple of its axes. Of the mesh
+    it reads `shape` alone."""
     model, train = config.model, config.train
     tensor, fsdp, expert, stage = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert", "stage"))
     batch, axes = mesh.shape["data"] * fsdp * expert, "mesh.data * mesh.fsdp * mesh.expert"
@@ -77,6 +102,9 @@ def check_divisible(mesh: Mesh, config: RunConfig) -> None:
 
 def pipeline_told(config: RunConfig, mesh: Mesh) -> str:
     """What a run says of its pipeline; nothing where it has none."""
+    from maxlm.parallel.pipeline import Pipeline, bubble_share
+    from maxlm.parallel.sharding import BATCH
+
     stages, ways = mesh.shape["stage"], math.prod(mesh.shape[axis] for axis in BATCH) // mesh.shape["stage"]
     if stages == 1:
         return ""

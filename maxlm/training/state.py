@@ -37,7 +37,7 @@ class TrainState:
 
 def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
     """(kernels, why, in a line): those of a run on devices like `device`, which need not be attached."""
-    model, compute, numerics = config.model, config.compute, numerics_of(config.precision)
+    model, compute, numerics = config.model, config.compute, numerics_of(config.precision, device.platform)
     where = {"platform": device.platform, "compute_dtype": numerics.dtype.name,
              "compute_capability": getattr(device, "compute_capability", None)}
     attention, reason = choose_attention(compute.attention, head_dim=model.head_dim, seq_len=config.train.seq_len,
@@ -74,8 +74,8 @@ def _fp8_units(config: RunConfig, device: jax.Device) -> str:
 def build_model(config: RunConfig, key: jax.Array, device: jax.Device) -> Transformer:
     """The model of a run with the kernels and dtype for devices like `device`."""
     return make_transformer(
-        config.model, key, kernels=kernels_of(config, device)[0], numerics=numerics_of(config.precision),
-        remat=config.remat.policy, unroll=config.compute.layer_unroll,
+        config.model, key, kernels=kernels_of(config, device)[0], remat=config.remat.policy,
+        numerics=numerics_of(config.precision, device.platform), unroll=config.compute.layer_unroll,
         pipeline=Pipeline(config.compute.pipeline_microbatches, config.compute.pipeline_repeats),
     )
 

@@ -129,6 +129,11 @@ def compile_step(config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
 
     Call it with (state, batch); arrays have the shardings of `abstract_state` and `batch_sharding`.
     """
+    return lower_step(config, mesh).compile()
+
+
+def lower_step(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The run's step, traced and partitioned for `mesh` (which must be installed), not compiled yet."""
     platform = mesh.devices.flat[0].platform
     step = functools.partial(
         train_step,
@@ -147,7 +152,7 @@ def compile_step(config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
         out_shardings=(shardings, NamedSharding(mesh, P())),
         compiler_options=compiler_options(platform, deterministic=config.compute.deterministic),
     )
-    return jitted.lower(state, abstract_batch(config, mesh)).compile()
+    return jitted.lower(state, abstract_batch(config, mesh))
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
