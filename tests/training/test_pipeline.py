@@ -219,7 +219,7 @@ def test_a_run_goes_on_with_other_stages(tmp_path, capsys):
     """Through the command line: evaluation, sample, checkpoints, digests; `maxlm eval` of what came out."""
     config = write_config(tmp_path / "tiny.py", prepared(tmp_path / "data"))
     stages = ("mesh.stage=2", "mesh.fsdp=2", "mesh.data=2", "compute.pipeline_repeats=2")
-    shape = ("model.num_layers=4", "model.hidden_dim=32")
+    shape = ("model.num_layers=4", "model.hidden_dim=32", "schedule.name=constant")
     assert train(config, tmp_path / "staged", *shape, *stages, "train.num_steps=4") == 0
     assert "2 stages of 2 parts each, 2 microbatches, 20.0% of a step idle" in capsys.readouterr().err
     assert train(config, tmp_path / "staged", *shape, "mesh.fsdp=8", "compute.offload_optimizer=true") == 0
@@ -227,7 +227,7 @@ def test_a_run_goes_on_with_other_stages(tmp_path, capsys):
     staged, plain = ({row["step"]: row["loss"] for row in rows_of(tmp_path / run) if "loss" in row}
                      for run in ("staged", "plain"))
     assert staged == pytest.approx(plain, abs=1e-4) and len(staged) == 6
-    assert main(["eval", str(tmp_path / "staged"), "--step", "4"]) == 0
+    assert main(["eval", "--run-dir", str(tmp_path / "staged"), "--step", "4"]) == 0
 
 
 def kept_by_ticks(policy, ticks, **compute):
