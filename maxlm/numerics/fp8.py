@@ -131,7 +131,8 @@ def _product(recipe: Fp8, contracted: int, out: P | None, layout: P | None, x: j
 def _forward(recipe, contracted, out, layout, x, w):
     x8 = quantise(x, FORWARD, range(x.ndim - contracted, x.ndim), recipe)
     w8 = quantise(w, FORWARD, range(contracted), recipe).gathered(layout)
-    y = product(recipe, x8, w8.turned(contracted), contracted, recipe.dtype, out)
+    with jax.named_scope("fp8_forward"):
+        y = product(recipe, x8, w8.turned(contracted), contracted, recipe.dtype, out)
     # A scale a row belongs to one product: the backward pass then starts again from what was given.
     return y, (x8, w8, w) if recipe.scaling == "tensor" else (x, None, w)
 
@@ -143,10 +144,12 @@ def _backward(recipe, contracted, out, layout, kept, g):
     g8 = quantise(g, BACKWARD, range(batch, g.ndim), recipe)
     if recipe.scaling == "row":
         w8 = quantise(w, FORWARD, range(contracted, w.ndim), recipe).gathered(layout)
-    dx = product(recipe, g8, w8, produced, recipe.dtype, x_layout)
+    with jax.named_scope("fp8_input_gradient"):
+        dx = product(recipe, g8, w8, produced, recipe.dtype, x_layout)
     if recipe.scaling == "row":
         x, g8 = quantise(x, FORWARD, range(batch), recipe), quantise(g, BACKWARD, range(batch), recipe)
-    dw = product(recipe, x.turned(batch), g8.turned(batch), batch, jnp.float32, layout)
+    with jax.named_scope("fp8_weight_gradient"):
+        dw = product(recipe, x.turned(batch), g8.turned(batch), batch, jnp.float32, layout)
     return dx, dw if layout is None else jax.sharding.reshard(dw, w_layout)
 
 

@@ -26,7 +26,7 @@ from maxlm.planning.work import (
 )
 
 LOGITS_BYTES, LOGITS_COPIES = 2**31, 2.5  # a chunk at most (kernels/cross_entropy.py); logits, exponentials, gradient
-MOMENT_BYTES = {"float32": 4, "bfloat16": 2}
+MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1.01}
 # Of a gather's or scatter's time, the part that shows. TPUs: read from the schedules of compiled steps, where v5e alone
 # gathers beside its products (docs/LOG.md, 2026-11-25); GPUs: the latency-hiding scheduler runs most of it so.
 EXPOSED = {"TPU v5e": 0.8}

@@ -25,13 +25,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxlm.kernels.grouped_matmul import ROW_MULTIPLE
-from maxlm.model.moe.plan import Plan, by_row, collect, grouped_plan, rows_needed, slotted_plan, spread, unplaced
+from maxlm.kernels.grouped_matmul import ROW_MULTIPLE, Plan, collect, spread
+from maxlm.model.moe.plan import by_row, grouped_plan, rows_needed, slotted_plan, unplaced
 
 AXIS = "expert"
 KEPT = ("mlp_up", "8bit")  # what experts keep for their backward pass
 
-Serve = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (rows [R, D], weights [R], sizes [L]) -> [R, D]
+Serve = Callable[[jax.Array, jax.Array, Plan], jax.Array]  # (tokens [N, D], weights [N, K], plan) -> [N, D]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ EXCHANGES = {"all_gather": all_gather, "all_to_all": all_to_all, "ragged_all_to_
 def _served(x_ND, weight_NK, serve, plan):
     """The backward pass makes rows from tokens again, and hidden units from gate and up: together they would be as much
     memory as the rest of a layer, and both are a pass over what is there (docs/MOE.md)."""
-    return collect(serve(spread(x_ND, plan), by_row(weight_NK, plan), plan.sizes_E), plan)
+    return serve(x_ND, weight_NK, plan)
 
 
 def _outgoing(x_ND, expert_NK, weight_NK, sent, num_local):
