@@ -79,7 +79,7 @@ def draw(record: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="llama3_70b")
-    parser.add_argument("--rows-per-chip", type=int, default=4, help="sequences a chip and step (default: 4)")
+    parser.add_argument("--rows-per-chip", type=int, default=1, help="sequences a chip and step (default: 1)")
     parser.add_argument("--compile", type=int, nargs="*", default=[64, 512, 4096], metavar="CHIPS")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plot", type=Path)

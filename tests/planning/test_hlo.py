@@ -226,6 +226,34 @@ ENTRY %main (w: f32[1024]) -> f32[1024] {
     assert collective.dcn_seconds == pytest.approx(4096 / 3.125e9)
 
 
+def test_what_a_sparse_core_does_begins_with_its_operands():
+    """As libtpu writes a collective that it gives to the SparseCores: started without operands, begun by an update."""
+    text = """
+%gather (w: bf16[512,1024]) -> bf16[1024,1024] {
+  %w = bf16[512,1024]{1,0} parameter(0)
+  ROOT %g = bf16[1024,1024]{1,0} all-gather(%w), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%wrapped (w: bf16[512,1024]) -> bf16[1024,1024] {
+  %w = bf16[512,1024]{1,0} parameter(0)
+  ROOT %c = bf16[1024,1024]{1,0} custom-call(%w), custom_call_target="TODO", called_computations={%gather}
+}, execution_thread="sparsecore"
+
+ENTRY %main (w: bf16[512,1024], x: bf16[1024,1024]) -> bf16[1024,1024] {
+  %w = bf16[512,1024]{1,0} parameter(0)
+  %x = bf16[1024,1024]{1,0} parameter(1)
+  %start = ((), (), (s32[8]{0})) async-start(), async_execution_thread="sparsecore", calls=%wrapped
+  %update = ((bf16[512,1024]{1,0}), bf16[1024,1024]{1,0}, (s32[8]{0})) async-update(%start, %w)
+  %y = bf16[1024,1024]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %done = bf16[1024,1024]{1,0} async-done(%update)
+}
+"""
+    slow, fast = step_of(text, Peaks(1e12, 1e15)), step_of(text, Peaks(1e18, 1e18))
+    (collective, times), = slow.collectives
+    assert collective.asynchronous and times == 1 and collective.wire_bytes == MATRIX / 2
+    assert slow.exposed["fsdp"] == 0 and fast.exposed["fsdp"] == pytest.approx(MATRIX / 2 / 50e9, rel=1e-3)
+
+
 def test_what_the_hosts_exchange_runs_beside_the_work():
     """As libtpu writes an all-reduce between slices."""
     meeting = ('frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",'
