@@ -158,6 +158,26 @@ window={size=1x8x6 pad=0_0x7_7x5_5 rhs_reversal=0x1x1}, dim_labels=0bf12_i12o0->
     assert step_of(text).flops == 2 * 2 * 16 * 32 * 8 * 6 * 64
 
 
+def test_a_ragged_product_counts_each_row_once():
+    """As libtpu writes one for v6e: all rows times all 64 matrices, with the others' rows skipped."""
+    text = """
+%all_groups (w: bf16[64,128,256], x: bf16[4096,256]) -> bf16[4096,128] {
+  %w = bf16[64,128,256]{2,1,0} parameter(0)
+  %x = bf16[4096,256]{1,0} parameter(1)
+  %all = bf16[8192,256]{1,0} reshape(%w)
+  ROOT %c = bf16[4096,8192]{1,0} dot(%x, %all), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+ENTRY %main (w: bf16[64,128,256], x: bf16[4096,256]) -> bf16[4096,128] {
+  %w = bf16[64,128,256]{2,1,0} parameter(0)
+  %x = bf16[4096,256]{1,0} parameter(1)
+  ROOT %f = bf16[4096,128]{1,0} fusion(%w, %x), kind=kOutput, calls=%all_groups,
+backend_config={"convolution_algorithm_config":{"is_ragged_dot":true,"num_groups_in_ragged_dot":"64"}}
+}
+"""
+    assert step_of(text).flops == 2 * 4096 * 256 * 128
+
+
 def test_of_a_sliced_operand_the_slice_is_read():
     text = """
 %one_layer (stack: f32[10,1024], i: s32[]) -> f32[1,1024] {
