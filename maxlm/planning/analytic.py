@@ -26,6 +26,9 @@ from maxlm.planning.work import (
 )
 
 LOGITS_BYTES, LOGITS_COPIES = 2**31, 2.5  # a chunk at most (kernels/cross_entropy.py); logits, exponentials, gradient
+# A scan without remat keeps every intermediate that the backward pass could use, float32 ones too: 2.7 times what the
+# unrolled layers keep of llama3_70b, 2.1 times of mixtral_8x7b (compiled for v5p; docs/LOG.md, 2026-11-25).
+SCAN_KEEPS = 2.5
 MOMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Of a gather's or scatter's time, the part that shows. TPUs: read from the schedules of compiled steps, where v5e alone
 # gathers beside its products (docs/LOG.md, 2026-11-25); GPUs: the latency-hiding scheduler runs most of it so.
@@ -164,7 +167,8 @@ def _memory(config: RunConfig, share: Share, axes: Mapping[str, int]) -> dict[st
     moments = MOMENT_BYTES[optimizer.mu_dtype] + MOMENT_BYTES[optimizer.nu_dtype]
     kept = sum(count * _kept_numbers(config, sparse, share) for count, sparse, _ in layers_of(model))
     once = max(_layer_numbers(config, sparse, share) for _, sparse, _ in layers_of(model))
-    activations = HALF * share.tokens * kept
+    scanned = config.remat.policy == "none" and config.compute.layer_unroll != "all"
+    activations = HALF * share.tokens * kept * (SCAN_KEEPS if scanned else 1.0)
     again = HALF * share.tokens * once if config.remat.policy != "none" else 0.0
     logits = min(FULL * share.tokens * model.vocab_size / share.tensor, LOGITS_BYTES) * LOGITS_COPIES
     table = model.vocab_size * model.hidden_dim / share.tensor
