@@ -25,7 +25,10 @@ __all__ = ["FLOAT32", "Fp8", "Numerics", "Plain", "numerics_of"]
 
 @dataclass(frozen=True)
 class Numerics:
-    """The products of each site. Those of the first and last layers may stay in the compute dtype."""
+    """The products of each site. Those of the first and last layers may stay in the compute dtype.
+
+    fp8_exchange: whether tokens travel to experts on other devices in 8 bits (model/moe/exchange.py).
+    """
 
     dtype: jnp.dtype
     attention: Plain | Fp8
@@ -33,6 +36,7 @@ class Numerics:
     experts: Plain | Fp8
     plain_first_layers: int = 0
     plain_last_layers: int = 0
+    fp8_exchange: bool = False
 
     def spans(self, first: int, last: int, num_layers: int) -> Iterator[tuple[int, int, Numerics]]:
         """Layers [first, last) of `num_layers` as runs of equal numerics: (first, the one after the last, numerics)."""
@@ -65,4 +69,4 @@ def numerics_of(precision: PrecisionConfig) -> Numerics:
     product = Fp8(dtype, _SCALING[precision.recipe], precision.power_of_two_scales)
     return dataclasses.replace(_plain(dtype), **{site: product for site in precision.fp8_sites},
                                plain_first_layers=precision.plain_first_layers,
-                               plain_last_layers=precision.plain_last_layers)
+                               plain_last_layers=precision.plain_last_layers, fp8_exchange=precision.fp8_exchange)
