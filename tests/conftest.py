@@ -11,7 +11,7 @@ import pathlib
 import tempfile
 
 FAKE_DEVICES = 8
-QUICK_COMPILES = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
+QUICK_COMPILES = ("--xla_backend_optimization_level=1", "--xla_llvm_disable_expensive_passes=true")
 
 _folder = f"maxlm-tests-{os.getuid()}-jax{importlib.metadata.version('jaxlib')}"
 _other_flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
