@@ -308,6 +308,10 @@ class RunConfig:
             f"model.parametrization.name={self.model.parametrization.name!r} is for optimizer.name='adamw': set it to "
             "'standard', or the optimizer to adamw",
         )
+        require(
+            self.model.num_experts > 0 or not self.precision.fp8_exchange,
+            "precision.fp8_exchange is for models with experts, and model.num_experts=0: leave it out",
+        )
         for name in ("plain_first_layers", "plain_last_layers"):
             count, pattern = getattr(self.precision, name), len(self.model.layer_pattern)
             require(

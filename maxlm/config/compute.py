@@ -17,7 +17,8 @@ class PrecisionConfig:
     fp8, fp8_rowwise, fp8_block: bf16, with the products at `fp8_sites` in 8 bits (docs/FP8.md): one scale a tensor, one
     a row, or one a block (1x128 activations by 128x128 weights). The first `plain_first_layers` and the last
     `plain_last_layers` stay in bf16. power_of_two_scales: scales are rounded down to powers of two, which makes scaling
-    exact; those of blocks always are.
+    exact; those of blocks always are. fp8_exchange: tokens travel to experts on other
+    devices in 8 bits, and gradients of their results (docs/MOE.md).
     """
 
     recipe: Literal["float32", "bf16", "fp8", "fp8_rowwise", "fp8_block"] = "bf16"
@@ -25,6 +26,7 @@ class PrecisionConfig:
     plain_first_layers: int = 0
     plain_last_layers: int = 0
     power_of_two_scales: bool = False
+    fp8_exchange: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "precision")

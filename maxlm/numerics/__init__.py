@@ -28,7 +28,10 @@ PRODUCTS = ("forward", "input_gradient", "weight_gradient")  # a product in 8 bi
 
 @dataclass(frozen=True)
 class Numerics:
-    """The products of each site. Those of the first and last layers may stay in the compute dtype."""
+    """The products of each site. Those of the first and last layers may stay in the compute dtype.
+
+    fp8_exchange: whether tokens travel to experts on other devices in 8 bits (model/moe/exchange.py).
+    """
 
     dtype: jnp.dtype
     attention: Plain | Fp8 | Fp8Blocks
@@ -36,6 +39,7 @@ class Numerics:
     experts: Plain | Fp8
     plain_first_layers: int = 0
     plain_last_layers: int = 0
+    fp8_exchange: bool = False
 
     def spans(self, first: int, last: int, num_layers: int) -> Iterator[tuple[int, int, Numerics]]:
         """Layers [first, last) of `num_layers` as runs of equal numerics: (first, the one after the last, numerics)."""
@@ -73,4 +77,4 @@ def numerics_of(precision: PrecisionConfig, platform: str = "cpu") -> Numerics:
         product = Fp8(dtype, scaling, precision.power_of_two_scales, platform == "gpu" and scaling == "tensor")
     return dataclasses.replace(_plain(dtype), **{site: product for site in sites},
                                plain_first_layers=precision.plain_first_layers,
-                               plain_last_layers=precision.plain_last_layers)
+                               plain_last_layers=precision.plain_last_layers, fp8_exchange=precision.fp8_exchange)

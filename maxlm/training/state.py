@@ -56,7 +56,8 @@ def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
         raise ConfigError("compute.expert_exchange='ragged_all_to_all' does not run on cpu: set it to 'auto'")
     if exchange == "auto":
         exchange = "ragged_all_to_all" if device.platform == "tpu" else "all_to_all"
-    ways = f"; {exchange} between {config.mesh.expert} devices" if config.mesh.expert > 1 else ""
+    exchanged = f"{exchange} in 8 bits" if numerics.fp8_exchange else exchange
+    ways = f"; {exchanged} between {config.mesh.expert} devices" if config.mesh.expert > 1 else ""
     return Kernels(attention, grouped, exchange), f"{told}; experts: {grouped}, {reason}{ways}"
 
 

@@ -104,7 +104,8 @@ def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, numerics, kern
                               sharded=sharded)
     apart = sharded and jax.lax.axis_size("expert") > 1
     out_ND, lost = (EXCHANGES[exchange] if apart else stay)(
-        *routed, serve, Room(moe.capacity_factor, moe.buffer_factor, GROUP_MULTIPLE[kernel]), config.num_experts)
+        *routed, serve, Room(moe.capacity_factor, moe.buffer_factor, GROUP_MULTIPLE[kernel]), config.num_experts,
+        numerics.fp8_exchange)
     if sharded:
         out_ND = jax.lax.psum(out_ND, "tensor")
         lost = jax.lax.pmean(lost, "tensor")
