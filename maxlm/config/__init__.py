@@ -191,9 +191,8 @@ class MeshConfig:
         for name in AXES:
             size = getattr(self, name)
             require(size == "rest" or size > 0, f"mesh.{name}={size!r} must be 1 or more (sizes are absolute numbers)")
-        for name in ("stage", "context"):
-            require(getattr(self, name) == 1, f"mesh.{name}={getattr(self, name)} is not built yet: set it to 1 and "
-                                               "use mesh.data, mesh.fsdp, mesh.expert or mesh.tensor")
+        require(self.stage == 1, f"mesh.stage={self.stage} is not built yet: set it to 1 and use mesh.data, mesh.fsdp, "
+                                 "mesh.expert, mesh.context or mesh.tensor")
 
 
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
@@ -310,8 +309,9 @@ class RunConfig:
             )
         chunks = self.compute.loss_chunks
         require(
-            chunks == "auto" or self.train.seq_len % chunks == 0,
-            f"compute.loss_chunks={chunks} does not divide train.seq_len={self.train.seq_len}: use a divisor or 'auto'",
+            chunks == "auto" or self.train.seq_len % (chunks * self.mesh.context) == 0,
+            f"compute.loss_chunks={chunks} does not divide train.seq_len / mesh.context = "
+            f"{self.train.seq_len / self.mesh.context:g}: use a divisor or 'auto'",
         )
         size = self.data.tokenizer.removeprefix("bpe:")
         require(

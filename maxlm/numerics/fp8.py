@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.sharding import ACTIVATION, COMPUTE, Dims, has_mesh, spec
+from maxlm.parallel.sharding import ACTIVATION, BATCH, COMPUTE, Dims, has_mesh, spec
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 _LARGEST_SCALE = 2.0**126  # its inverse is still a normal float32
@@ -67,8 +67,12 @@ class Quantised(NamedTuple):
         """Laid out for use."""
         if layout is None:
             return self
-        kept = P(*(axis if size > 1 else None for axis, size in zip(layout, self.factors.shape, strict=True)))
-        return Quantised(jax.sharding.reshard(self.values, layout), jax.sharding.reshard(self.factors, kept))
+        return Quantised(jax.sharding.reshard(self.values, layout), _like(self.factors, layout))
+
+    def whole_length(self) -> Quantised:
+        """Activations [B, T, ...] of the residual stream, gathered over `tensor` in 8 bits."""
+        layout = _layout(self.values)
+        return self.gathered(None if layout is None else P(BATCH, "context", *layout[2:]))
 
 
 def quantise(x: jax.Array, dtype: jnp.dtype, axes: range, recipe: Fp8) -> Quantised:
@@ -94,6 +98,7 @@ def product(a: Quantised, b: Quantised, count: int, dtype: jnp.dtype, layout: P 
     left_dims, right_dims = left.ndim, right.ndim
     left = jnp.expand_dims(left, tuple(range(left_dims, y.ndim)))
     right = jnp.expand_dims(right, tuple(range(y.ndim - right_dims)))
+    left, right = _like(left, layout), _like(right, layout)
     return (y.astype(jnp.float32) * left * right).astype(dtype)
 
 
@@ -105,7 +110,7 @@ def _product(recipe: Fp8, contracted: int, out: P | None, layout: P | None, x: j
 def _forward(recipe, contracted, out, layout, x, w):
     x8 = quantise(x, FORWARD, range(x.ndim - contracted, x.ndim), recipe)
     w8 = quantise(w, FORWARD, range(contracted), recipe).gathered(layout)
-    y = product(x8, w8.turned(contracted), contracted, recipe.dtype, out)
+    y = product(x8.whole_length(), w8.turned(contracted), contracted, recipe.dtype, out)
     # A scale a row belongs to one product: the backward pass then starts again from what was given.
     return y, (x8, w8, w) if recipe.scaling == "tensor" else (x, None, w)
 
@@ -114,17 +119,25 @@ def _backward(recipe, contracted, out, layout, kept, g):
     x, w8, w = kept
     batch, produced = g.ndim - (w.ndim - contracted), w.ndim - contracted
     x_layout, w_layout = _layout(x.values if recipe.scaling == "tensor" else x), _layout(w)
-    g8 = quantise(g, BACKWARD, range(batch, g.ndim), recipe)
+    g8 = quantise(g, BACKWARD, range(batch, g.ndim), recipe).whole_length()
     if recipe.scaling == "row":
         w8 = quantise(w, FORWARD, range(contracted, w.ndim), recipe).gathered(layout)
     dx = product(g8, w8, produced, recipe.dtype, x_layout)
     if recipe.scaling == "row":
-        x, g8 = quantise(x, FORWARD, range(batch), recipe), quantise(g, BACKWARD, range(batch), recipe)
-    dw = product(x.turned(batch), g8.turned(batch), batch, jnp.float32, layout)
+        x, g8 = quantise(x, FORWARD, range(batch), recipe), quantise(g, BACKWARD, range(batch), recipe).whole_length()
+    dw = product(x.whole_length().turned(batch), g8.turned(batch), batch, jnp.float32, layout)
     return dx, dw if layout is None else jax.sharding.reshard(dw, w_layout)
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _like(factors: jax.Array, layout: P | None) -> jax.Array:
+    """Factors of values that are laid out so."""
+    if layout is None:
+        return factors
+    kept = P(*(axis if size > 1 else None for axis, size in zip(layout, factors.shape, strict=True)))
+    return jax.sharding.reshard(factors, kept)
 
 
 def _layout(x: jax.Array) -> P | None:

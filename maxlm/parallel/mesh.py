@@ -23,7 +23,7 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     if sizes["fsdp"] == "rest":
         if num_devices % others:
             raise ConfigError(
-                f"mesh.data * mesh.expert * mesh.tensor = {others} does not divide the {num_devices} devices: "
+                f"mesh.data * mesh.expert * mesh.context * mesh.tensor = {others} does not divide the {num_devices} devices: "
                 "choose sizes whose product divides them"
             )
         sizes["fsdp"] = num_devices // others
@@ -48,7 +48,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:
     """Raises ConfigError, naming the field and the fix, where a sharded size is not a multiple of its axes."""
-    tensor, fsdp, expert = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert"))
+    tensor, fsdp, expert, context = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert", "context"))
     batch = mesh.shape["data"] * fsdp * expert
     microbatch = train.global_batch_size // train.grad_accumulation
     if microbatch % batch:
@@ -58,8 +58,12 @@ def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:
             f"{batch * train.grad_accumulation} "
             "or use fewer devices along these axes"
         )
+    parts = context * math.lcm(tensor, 2 if context > 1 else 1)  # of a row; two for each of context (context.py)
+    if train.seq_len % parts:
+        raise ConfigError(f"train.seq_len={train.seq_len} is not a multiple of {parts}, the parts that mesh.context="
+                          f"{context} and mesh.tensor={tensor} make of a row: make it one, or use smaller axes")
     for field, size, axis, ways in (
-        ("hidden_dim", model.hidden_dim, "fsdp * mesh.expert", fsdp * expert),
+        ("hidden_dim", model.hidden_dim, "fsdp * mesh.expert * mesh.context", fsdp * expert * context),
         ("num_experts", model.num_experts, "expert", expert),
         ("expert_dim", model.expert_dim, "tensor", tensor),
         ("num_kv_heads", model.num_kv_heads, "tensor", tensor),

@@ -1,9 +1,15 @@
 """Logical dims to mesh axes, in two layouts: how weights are stored, and how they are used.
 
 Fully sharded data parallelism (ZeRO-3, arXiv:1910.02054) is the difference between the two: a weight is stored
-split over `fsdp` (and `expert`) and used gathered. The gather is the `reshard` in `use`, made on the cast weight, so
-that it moves bfloat16; its transpose scatters the gradient. Tensor parallelism (Megatron, arXiv:1909.08053) is in both
-layouts, and so is expert parallelism for the experts' own weights.
+split over `fsdp` (and `expert` and `context`) and used gathered. The gather is the `reshard` in `use`, made on the cast
+weight, so that it moves bfloat16; its transpose scatters the gradient. Tensor parallelism (Megatron, arXiv:1909.08053)
+is in both layouts, and so is expert parallelism for the experts' own weights.
+
+Activations have two layouts as well. Rows are split over `data`, `fsdp` and `expert`, and the tokens of a row over
+`context` (context.py). Where `tensor` splits heads or hidden units, each of its devices has all of these tokens; between
+sublayers, on the residual stream, where it would split nothing, it splits the tokens once more ('stream'; Korthikanti
+et al. 2022, arXiv:2205.05198, section 4.2.2). A product gathers what comes from the stream (`whole_length`) and
+scatters what it adds to it, so that norms, residuals and what is kept for the backward pass are split over all devices.
 """
 
 from __future__ import annotations
@@ -17,12 +23,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-BATCH = ("data", "fsdp", "expert")  # the axes that split the batch
-SHARD = ("fsdp", "expert")  # the axes that split what every token multiplies; an expert's weights have `expert` apart
-STORAGE = {"embed": SHARD, "expert_embed": "fsdp", "experts": "expert", "vocab": "tensor", "kv_heads": "tensor",
-           "heads": "tensor", "mlp": "tensor"}
+BATCH = ("data", "fsdp", "expert")  # the axes that split the rows of a batch
+TOKENS = (*BATCH, "context")  # the axes that split its tokens
+STREAM = ("context", "tensor")  # the axes that split a row's tokens on the residual stream
+# The axes that split what every token multiplies; an expert's weights have `expert` apart. `context` is one of them: its
+# devices would otherwise hold equal copies, and the sum of their gradients moves as much when it is left scattered.
+SHARD = ("fsdp", "expert", "context")
+STORAGE = {"embed": SHARD, "expert_embed": ("fsdp", "context"), "experts": "expert", "vocab": "tensor",
+           "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
 COMPUTE = {**STORAGE, "embed": None, "expert_embed": None}
-ACTIVATION = {"batch": BATCH, "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
+ACTIVATION = {"batch": BATCH, "length": "context", "stream": STREAM, "kv_heads": "tensor", "heads": "tensor",
+              "mlp": "tensor"}
 
 Dims = tuple[str | None, ...]
 
@@ -60,6 +71,13 @@ def constrain(x: jax.Array, dims: Dims) -> jax.Array:
     return jax.sharding.reshard(x, spec(dims, ACTIVATION)) if has_mesh() else x
 
 
+def whole_length(x: jax.Array) -> jax.Array:
+    """x [B, T, ...] of the residual stream with all tokens of a `context` part on each device of `tensor`."""
+    if not has_mesh():
+        return x
+    return jax.sharding.reshard(x, P(BATCH, "context", *jax.typeof(x).sharding.spec[2:]))
+
+
 def stored(tree: Any, mesh: Mesh) -> Any:
     """The storage NamedSharding of every array in `tree` (a module, its gradients, an optimizer state): from the
     logical dims of each nnx.Param, replicated for arrays that are not in one. Same structure as `tree`."""
@@ -73,5 +91,5 @@ def stored(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the batch axes: [B, T]."""
-    return NamedSharding(mesh, P(BATCH, None))
+    """Rows of a batch over the batch axes and their tokens over `context`: [B, T]."""
+    return NamedSharding(mesh, P(BATCH, "context"))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from maxlm.config import RunConfig
 from maxlm.hardware import chip_of
-from maxlm.kernels.attention import choose_attention
+from maxlm.kernels.attention import choose_across, choose_attention
 from maxlm.kernels.grouped_matmul import choose_grouped_matmul
 from maxlm.model import Transformer, make_transformer
 from maxlm.model.block import Kernels
@@ -40,9 +40,13 @@ def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
              "compute_capability": getattr(device, "compute_capability", None)}
     attention, reason = choose_attention(compute.attention, head_dim=model.head_dim, seq_len=config.train.seq_len,
                                          softcap=model.attention_softcap, deterministic=compute.deterministic, **where)
-    told = f"attention: {attention}, {reason}{_fp8_units(config, device)}"
+    told = f"attention: {attention}, {reason}"
+    across, reason = choose_across(compute.context_attention, attention, platform=device.platform)
+    if config.mesh.context > 1:
+        told += f"; {across} between {config.mesh.context} devices, {reason}"
+    told += _fp8_units(config, device)
     if not model.num_experts:
-        return Kernels(attention), told
+        return Kernels(attention, across=across), told
     grouped, reason = choose_grouped_matmul(compute.grouped_matmul, width=model.hidden_dim,
                                             expert_dim=model.expert_dim // config.mesh.tensor, **where)
     exchange = compute.expert_exchange
@@ -51,7 +55,7 @@ def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
     if exchange == "auto":
         exchange = "ragged_all_to_all" if device.platform == "tpu" else "all_to_all"
     ways = f"; {exchange} between {config.mesh.expert} devices" if config.mesh.expert > 1 else ""
-    return Kernels(attention, grouped, exchange), f"{told}; experts: {grouped}, {reason}{ways}"
+    return Kernels(attention, grouped, exchange, across), f"{told}; experts: {grouped}, {reason}{ways}"
 
 
 def _fp8_units(config: RunConfig, device: jax.Device) -> str:

@@ -35,6 +35,14 @@ def choose_attention(
     raise ConfigError(f"compute.attention={requested!r} cannot run: {obstacle}; set it to 'auto' or 'reference'")
 
 
+def choose_across(requested: str, attention: str, *, platform: str) -> tuple[str, str]:
+    """(name, reason): how attention reaches keys of other devices where `context` splits the rows.
+
+    requested: `compute.context_attention` of the config; attention: from `choose_attention`.
+    """
+    return ("ring" if requested == "auto" else requested), "TODO"
+
+
 def _obstacle(name, platform, head_dim, seq_len, softcap, compute_dtype, compute_capability) -> str | None:
     if name == "reference":
         return None

@@ -25,7 +25,8 @@ from maxlm.model.moe.load import Load, measure_load
 from maxlm.model.moe.router import choose
 from maxlm.model.parameter import matrix
 from maxlm.numerics import Numerics
-from maxlm.parallel.sharding import ACTIVATION, BATCH, COMPUTE, has_mesh, spec, use
+from maxlm.parallel.context import balanced_order
+from maxlm.parallel.sharding import ACTIVATION, BATCH, COMPUTE, STREAM, TOKENS, has_mesh, spec, use, whole_length
 
 
 class MoE(nnx.Module):
@@ -56,14 +57,15 @@ class MoE(nnx.Module):
             for name in ("selection_bias", "gate", "up", "down", "gate_bias", "up_bias", "down_bias")
             if getattr(self, name) is not None
         }
-        inputs = (x_BTD, self._jittered(x_BTD, key), segment_ids_BT)
+        whole_BTD = whole_length(x_BTD)
+        inputs = (whole_BTD, self._jittered(whole_BTD, key), segment_ids_BT)
         local = functools.partial(_local, config=self.config, kernel=self.kernel, exchange=self.exchange)
         if has_mesh():
-            rows = P(BATCH, None, None)
+            rows = P(BATCH, "context", None)
             layouts = {name: spec(getattr(self, name).dims, COMPUTE) for name in weights}
             out_BTD, load = jax.shard_map(
                 lambda inputs, weights: local(*inputs, _varying(weights, layouts), sharded=True),
-                in_specs=((rows, rows, P(BATCH, None)), layouts), out_specs=(rows, P()),
+                in_specs=((rows, rows, P(BATCH, "context")), layouts), out_specs=(P(BATCH, STREAM, None), P()),
             )(inputs, weights)
         else:
             out_BTD, load = local(*inputs, weights, sharded=False)
@@ -74,9 +76,9 @@ class MoE(nnx.Module):
         jitter = self.config.moe.jitter
         if not jitter or key is None:
             return x_BTD
-        layout = {"out_sharding": spec(("batch", None, None), ACTIVATION)} if has_mesh() else {}
+        layout = {"out_sharding": spec(("batch", "length", None), ACTIVATION)} if has_mesh() else {}
         draw_BTD = jax.random.uniform(key, x_BTD.shape, jnp.float32, 1 - jitter, 1 + jitter, **layout)
-        return x_BTD.astype(jnp.float32) * draw_BTD
+        return x_BTD.astype(jnp.float32) * balanced_order(draw_BTD)  # each token's draw is the same on any mesh
 
 
 def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, kernel, exchange, sharded):
@@ -93,10 +95,11 @@ def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, kernel, exchan
     apart = sharded and jax.lax.axis_size("expert") > 1
     out_ND, lost = (EXCHANGES[exchange] if apart else stay)(
         *routed, serve, Room(moe.capacity_factor, moe.buffer_factor, GROUP_MULTIPLE[kernel]), config.num_experts)
+    out_BTD = out_ND.reshape(B, T, D)
     if sharded:
-        out_ND = jax.lax.psum(out_ND, "tensor")
+        out_BTD = jax.lax.psum_scatter(out_BTD, "tensor", scatter_dimension=1, tiled=True)
         lost = jax.lax.pmean(lost, "tensor")
-    return out_ND.reshape(B, T, D), measure_load(choice, logits_NE, real_N, lost, T, config, sharded)
+    return out_BTD, measure_load(choice, logits_NE, real_N, lost, T, config, sharded)
 
 
 def _varying(weights: dict[str, jax.Array], layouts: dict[str, P]) -> dict[str, jax.Array]:
@@ -104,7 +107,7 @@ def _varying(weights: dict[str, jax.Array], layouts: dict[str, P]) -> dict[str, 
     hidden units, so that their gradients are summed over them here."""
 
     def one(name):
-        split = BATCH if name in ("router", "selection_bias") else (*BATCH, "tensor")
+        split = TOKENS if name in ("router", "selection_bias") else (*TOKENS, "tensor")
         return jax.lax.pcast(weights[name], tuple(a for a in split if a not in layouts[name]), to="varying")
 
     return {name: one(name) for name in weights}
