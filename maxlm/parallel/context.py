@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from maxlm.parallel.sharding import BATCH, has_mesh
@@ -49,6 +50,12 @@ def token_index(device: jax.Array | int, length: int, ways: int) -> jax.Array:
     """Where in its row each of a device's `length` tokens stands, int32 [length]."""
     place, chunk = jnp.arange(length, dtype=jnp.int32), length // 2
     return place + jnp.where(place < chunk, device * chunk, (2 * ways - 2 - device) * chunk).astype(jnp.int32)
+
+
+def row_order(length: int, ways: int) -> np.ndarray:
+    """Where in a row of `length` the tokens of all devices stand, one device after the other."""
+    chunks = np.arange(length, dtype=np.int32).reshape(2 * ways, -1)
+    return np.stack([chunks[:ways], chunks[: ways - 1 : -1]], axis=1).reshape(-1)
 
 
 def natural_order(x: jax.Array, ways: int) -> jax.Array:

@@ -40,11 +40,12 @@ def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
              "compute_capability": getattr(device, "compute_capability", None)}
     attention, reason = choose_attention(compute.attention, head_dim=model.head_dim, seq_len=config.train.seq_len,
                                          softcap=model.attention_softcap, deterministic=compute.deterministic, **where)
-    told = f"attention: {attention}, {reason}"
-    across, reason = choose_across(compute.context_attention, attention, platform=device.platform)
+    across = "ring"
     if config.mesh.context > 1:
-        told += f"; {across} between {config.mesh.context} devices, {reason}"
-    told += _fp8_units(config, device)
+        across, attention, reason = choose_across(
+            compute.context_attention, attention, reason, seq_len=config.train.seq_len, context=config.mesh.context,
+            named=compute.attention != "auto")
+    told = f"attention: {attention}, {reason}{_fp8_units(config, device)}"
     if not model.num_experts:
         return Kernels(attention, across=across), told
     grouped, reason = choose_grouped_matmul(compute.grouped_matmul, width=model.hidden_dim,

@@ -58,20 +58,20 @@ def attention(
     if length not in (None, "context") or depth is not None:
         raise ValueError(f"attention needs whole heads on a device, and whole rows or parts along mesh.context, q_BTHK "
                          f"is {jax.typeof(q_BTHK)}")
-    if length is not None and mesh.shape[length] > 1:
-        local = partial(_across, across=across, implementation=implementation, **how)
     qkv = P(batch, length, heads, None)
+    arguments, specs = (q_BTHK, k_BSGK, v_BSGK, segment_ids_BT), (qkv, qkv, qkv, P(batch, length))
+    if length is not None and mesh.shape[length] > 1:
+        if across == "all_gather" and implementation == "splash":
+            from maxlm.kernels.attention.tpu import gathered_splash, laid_out_kernel
+
+            kernel, layout = laid_out_kernel(q_BTHK, k_BSGK, window=window, softcap=softcap)
+            local, arguments, specs = partial(gathered_splash, scale=how["scale"]), (kernel, *arguments), (layout, *specs)
+        else:
+            local = partial(ring_attention if across == "ring" else gathered_attention, **how)
     return jax.shard_map(
-        local, in_specs=(qkv, qkv, qkv, P(batch, length)), out_specs=qkv,
+        local, in_specs=specs, out_specs=qkv,
         check_vma=False,  # the kernels' outputs do not say over which axes they vary
-    )(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT)
-
-
-def _across(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, *, across, implementation, **how):
-    """Of rows in parts."""
-    if across == "ring":
-        return ring_attention(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, **how)
-    return gathered_attention(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, **how)
+    )(*arguments)
 
 
 def _local(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, *, window, softcap, implementation, scale):

@@ -35,12 +35,30 @@ def choose_attention(
     raise ConfigError(f"compute.attention={requested!r} cannot run: {obstacle}; set it to 'auto' or 'reference'")
 
 
-def choose_across(requested: str, attention: str, *, platform: str) -> tuple[str, str]:
-    """(name, reason): how attention reaches keys of other devices where `context` splits the rows.
+def choose_across(requested: str, kernel: str, reason: str, *, seq_len: int, context: int,
+                  named: bool) -> tuple[str, str, str]:
+    """(way, kernel, reason) where `mesh.context`, above 1, splits the rows: how queries meet keys of other devices, and
+    the implementation that `attention` is then given.
 
-    requested: `compute.context_attention` of the config; attention: from `choose_attention`.
+    requested: `compute.context_attention` of the config; kernel, reason: from `choose_attention`; named: whether the
+    config asked for the kernel by name. 'auto' gathers where splash then serves whole rows, and is a ring of plain JAX elsewhere.
+    Raises ConfigError where a kernel asked for by name cannot serve.
     """
-    return ("ring" if requested == "auto" else requested), "TODO"
+    obstacle = None
+    if kernel == "splash" and requested == "ring":
+        obstacle = "it has no backward pass over a part of the keys, which a ring takes (compute.context_attention)"
+    elif kernel == "splash" and seq_len % (256 * context):
+        obstacle = (f"it takes train.seq_len in multiples of 256 * mesh.context = {256 * context} then, not {seq_len}")
+    elif kernel.startswith("cudnn"):
+        obstacle = "it has no mask for rows in parts"
+    if obstacle and named:
+        raise ConfigError(f"compute.attention={kernel!r} cannot run with mesh.context={context}: {obstacle}; set it to "
+                          "'auto' or 'reference'")
+    if obstacle:
+        kernel, reason = "reference", f"{kernel} attention is not used because {obstacle}"
+    way = {"splash": "all_gather", "reference": "ring"}[kernel] if requested == "auto" else requested
+    where = f"in a ring of {context} devices" if way == "ring" else f"with keys gathered from {context} devices"
+    return way, kernel, f"{reason}, {where}"
 
 
 def _obstacle(name, platform, head_dim, seq_len, softcap, compute_dtype, compute_capability) -> str | None:
