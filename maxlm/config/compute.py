@@ -51,8 +51,8 @@ class RematConfig:
 class ComputeConfig:
     """How the step is computed, never what: kernels, layer loop, loss chunks, the way of tokens to their experts.
 
-    context_attention: along mesh.context: keys and values go round a ring, or are gathered; 'auto' is what has the faster
-    kernel on the platform (docs/PARALLELISM.md).
+    context_attention: along mesh.context: keys and values go round a ring, or are gathered; 'auto' is the way that the
+    platform has the faster kernel for (docs/PARALLELISM.md).
     expert_exchange: along mesh.expert; 'auto' is ragged_all_to_all on TPUs and all_to_all elsewhere (docs/MOE.md).
     layer_unroll: repeats of the layer pattern compiled into one scan iteration; 'all' unrolls the whole stack.
     loss_chunks: pieces of the sequence whose logits exist at one time; 'auto' picks from the vocabulary.

@@ -37,7 +37,8 @@ def linear_cross_entropy(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Arra
     """Cross-entropy of softmax(x w^T) against `targets_BT` (-1: no loss), plus z_loss * logsumexp^2.
 
     x_BTD sets the compute dtype; w_VD is the float32 weight in its storage layout. `softcap` c turns logits z into
-    c tanh(z / c). `chunks` pieces of a device's T; 'auto' takes the fewest that keep a chunk's logits under 2 GiB a device.
+    c tanh(z / c). `chunks` pieces of the T that a device has; 'auto' takes the fewest that keep a chunk's logits under
+    2 GiB a device.
     """
     return _sharded(x_BTD, w_VD, targets_BT, z_loss, softcap, chunks, gradients=False)
 

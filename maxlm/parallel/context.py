@@ -1,10 +1,10 @@
 """Which tokens of a row each device of the mesh axis `context` has.
 
-A row is cut into 2C chunks and device c has chunks c and 2C-1-c ('zig-zag'). Under a causal mask the first chunk has few
-keys to see and the last one all of them; together the two of any device see as many as those of any other. A batch comes
-in natural order, device c with chunks 2c and 2c+1; `balanced_order` moves its tokens, targets, segment ids and positions
-at the start of a step, so that whatever names a token (a digest, a replay, the data) does not know the mesh. That is 16
-bytes a token a step. All that works position by position never notices; attention asks `token_index`.
+A row is cut into 2C chunks and device c has chunks c and 2C-1-c ('zig-zag'). Under a causal mask the first chunk has
+few keys to see and the last one all of them; together the two of any device see as many as those of any other. A batch
+comes in natural order, device c with chunks 2c and 2c+1; `balanced_order` moves its tokens, targets, segment ids and
+positions at the start of a step, so that whatever names a token (a digest, a replay, the data) does not know the mesh.
+That is 16 bytes a token a step. What works position by position never notices; attention asks `token_index`.
 """
 
 from __future__ import annotations

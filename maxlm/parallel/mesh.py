@@ -23,8 +23,8 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     if sizes["fsdp"] == "rest":
         if num_devices % others:
             raise ConfigError(
-                f"mesh.data * mesh.expert * mesh.context * mesh.tensor = {others} does not divide the {num_devices} devices: "
-                "choose sizes whose product divides them"
+                f"mesh.data * mesh.expert * mesh.context * mesh.tensor = {others} does not divide the {num_devices} "
+                "devices: choose sizes whose product divides them"
             )
         sizes["fsdp"] = num_devices // others
     elif others != num_devices:

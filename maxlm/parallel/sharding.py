@@ -6,10 +6,11 @@ weight, so that it moves bfloat16; its transpose scatters the gradient. Tensor p
 is in both layouts, and so is expert parallelism for the experts' own weights.
 
 Activations have two layouts as well. Rows are split over `data`, `fsdp` and `expert`, and the tokens of a row over
-`context` (context.py). Where `tensor` splits heads or hidden units, each of its devices has all of these tokens; between
-sublayers, on the residual stream, where it would split nothing, it splits the tokens once more ('stream'; Korthikanti
-et al. 2022, arXiv:2205.05198, section 4.2.2). A product gathers what comes from the stream (`whole_length`) and
-scatters what it adds to it, so that norms, residuals and what is kept for the backward pass are split over all devices.
+`context` (context.py). Where `tensor` splits heads or hidden units, each of its devices has all of these tokens;
+between sublayers, on the residual stream, where it would split nothing, it splits the tokens once more ('stream';
+Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2). A product gathers what comes from the stream
+(`whole_length`) and scatters what it adds to it, so that norms, residuals and what is kept for the backward pass are
+split over all devices.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from jax.sharding import PartitionSpec as P
 BATCH = ("data", "fsdp", "expert")  # the axes that split the rows of a batch
 TOKENS = (*BATCH, "context")  # the axes that split its tokens
 STREAM = ("context", "tensor")  # the axes that split a row's tokens on the residual stream
-# The axes that split what every token multiplies; an expert's weights have `expert` apart. `context` is one of them: its
-# devices would otherwise hold equal copies, and the sum of their gradients moves as much when it is left scattered.
+# The axes that split what every token multiplies; an expert's weights have `expert` apart. `context` is one of them:
+# its devices would otherwise hold equal copies, and a sum of gradients that is left scattered moves no more.
 SHARD = ("fsdp", "expert", "context")
 STORAGE = {"embed": SHARD, "expert_embed": ("fsdp", "context"), "experts": "expert", "vocab": "tensor",
            "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}

@@ -5,8 +5,9 @@ Two comparisons, bit for bit, of what should be equal on different devices:
   An optimizer that went wrong on one replica shows here too, because every replica makes every update itself.
 - Computed: the forward and backward pass of the step's batch (one microbatch of it) is made twice, the second time with
   every device group on the rows of the group before it along `data` and `fsdp`. Devices that compute a row together
-  (along `tensor` and `context`, and along `expert`, whose rows meet in their experts) are one group. What a row gives does not depend
-  on where it is computed, so each row's final hidden states and gradient at the embedding must be the same.
+  (along `tensor` and `context`, and along `expert`, whose rows meet in their experts) are one group. What a row gives
+  does not depend on where it is computed, so each row's final hidden states and gradient at the embedding must be the
+  same.
 
 What it cannot see: a fault in a weight's gradient, which is summed over all devices before the update, so that every
 replica takes the same wrong step (the layers' forward and input gradients run on the same units); a fault that did not

@@ -49,7 +49,8 @@ def attention(
     sharding of q (batch and heads may be sharded, T over `context` alone, K not at all). Raises ValueError where k, v
     or the segment ids are laid out differently.
     """
-    how = {"window": window, "softcap": softcap, "scale": q_BTHK.shape[-1] ** -0.5 if scale is None else scale}
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    how = {"window": window, "softcap": softcap, "scale": scale}
     local = partial(_local, implementation=implementation, **how)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
@@ -65,7 +66,7 @@ def attention(
             from maxlm.kernels.attention.tpu import gathered_splash, laid_out_kernel
 
             kernel, layout = laid_out_kernel(q_BTHK, k_BSGK, window=window, softcap=softcap)
-            local, arguments, specs = partial(gathered_splash, scale=how["scale"]), (kernel, *arguments), (layout, *specs)
+            local, arguments, specs = partial(gathered_splash, scale=scale), (kernel, *arguments), (layout, *specs)
         else:
             local = partial(ring_attention if across == "ring" else gathered_attention, **how)
     return jax.shard_map(

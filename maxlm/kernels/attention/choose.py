@@ -41,8 +41,8 @@ def choose_across(requested: str, kernel: str, reason: str, *, seq_len: int, con
     the implementation that `attention` is then given.
 
     requested: `compute.context_attention` of the config; kernel, reason: from `choose_attention`; named: whether the
-    config asked for the kernel by name. 'auto' gathers where splash then serves whole rows, and is a ring of plain JAX elsewhere.
-    Raises ConfigError where a kernel asked for by name cannot serve.
+    config asked for the kernel by name. 'auto' gathers where splash then serves whole rows, and is a ring of plain JAX
+    elsewhere. Raises ConfigError where a kernel asked for by name cannot serve.
     """
     obstacle = None
     if kernel == "splash" and requested == "ring":

@@ -1,8 +1,8 @@
 """Attention over rows that are split along `context`: each device gathers the keys and values of the whole row.
 
 The way of Llama 3 (arXiv:2407.21783, section 3.3.2): with few key heads they are small beside what the products of a
-layer take, and one kernel call serves the row. The gradients of keys and values are scattered in the compute dtype. With
-the zig-zag split of parallel/context.py every device's queries see as many keys as those of any other.
+layer take, and one kernel call serves the row. The gradients of keys and values are scattered in the compute dtype.
+With the zig-zag split of parallel/context.py every device's queries see as many keys as those of any other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def _attend(q_BTHK, k_BSGK, v_BSGK, segments_BT, segments_BS, how):
 def _forward(q_BTHK, k_BSGK, v_BSGK, segments_BT, segments_BS, how):
     part = forward(*_arguments(q_BTHK, k_BSGK, v_BSGK, segments_BT, segments_BS), how)
     # Named in here, because a remat policy that saves the result alone would compute its statistics again.
-    out_BTHK, lse_BGRT = (checkpoint_name(x, "attention") for x in (heads_last(part.out).astype(q_BTHK.dtype), part.lse))
+    results = heads_last(part.out).astype(q_BTHK.dtype), part.lse
+    out_BTHK, lse_BGRT = (checkpoint_name(x, "attention") for x in results)
     return out_BTHK, (q_BTHK, k_BSGK, v_BSGK, segments_BT, segments_BS, out_BTHK, lse_BGRT)
 
 

@@ -1,8 +1,8 @@
 """Attention over rows that are split along `context`: keys and values travel round a ring of the devices.
 
 Liu et al. 2023 (arXiv:2310.01889), with the zig-zag split of parallel/context.py. A device holds an early chunk of the
-row and a late one. Its late queries see the early keys of every device; of a device before it, its early queries see the
-early keys; of a device behind it, its late queries see the late keys; nothing else is visible. So each turn is two
+row and a late one. Its late queries see the early keys of every device; of a device before it, its early queries see
+the early keys; of a device behind it, its late queries see the late keys; nothing else is visible. So each turn is two
 products of chunk with chunk, on every device alike, while the next device's keys are on their way.
 
 The backward pass sends keys and values round again, and their gradients with them, in float32, until they are home.
@@ -19,7 +19,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.attention.parts import (
     NEVER,
-    Part,
     Scoring,
     Tokens,
     backward,
@@ -122,8 +121,8 @@ def _sides(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT):
 def _halved(held):
     """The keys of the early chunk and of the late one."""
     k, v, (index_T, segments_BT) = held
-    split = zip(jnp.split(k, 2, 2), jnp.split(v, 2, 2), jnp.split(index_T, 2), jnp.split(segments_BT, 2, 1), strict=True)
-    return tuple((k, v, Tokens(index, segments)) for k, v, index, segments in split)
+    halves = (jnp.split(x, 2, axis) for x, axis in ((k, 2), (v, 2), (index_T, 0), (segments_BT, 1)))
+    return tuple((k, v, Tokens(index, segments)) for k, v, index, segments in zip(*halves, strict=True))
 
 
 def _visible(early, late, held, turn):
