@@ -1,0 +1,106 @@
+"""However 8 devices are spread over the axes of the mesh, they train what one device trains.
+
+The model has a dense layer and one with experts, grouped queries, packed documents and a sliding window.
+"""
+
+import functools
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm.config import AXES
+from maxlm.kernels.attention import ring
+from maxlm.parallel.mesh import check_divisible, make_mesh
+from maxlm.training import loss as loss_module
+from maxlm.training.state import init_state
+from tests.kernels.test_attention_in_parts import chunk_late
+from tests.training.tiny import Run, furthest, leaves, run_steps, tiny_config
+
+DEVICES, STEPS = 8, 10
+BUILT = tuple(axis for axis in AXES if axis != "stage")
+ROUNDING = 2e-5  # of parameters and moments after all steps; float32, weights up to 1
+MODEL = dict(
+    num_layers=2, num_heads=16, num_kv_heads=8, head_dim=4, layer_pattern=["local"], num_experts=8,
+    experts_per_token=2, expert_dim=16,
+    moe=dict(scores="sigmoid", bias_rate=1e-2, num_groups=4, groups_per_token=2, weight_scale=2.5, shared_experts=1,
+             dense_layers=1, balance_loss=1e-2, balance_over="sequence", jitter=0.1),
+)
+
+
+def factorizations(devices, axes):
+    """Every mesh of that many devices: a size for each axis."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    for sizes in itertools.product(divisors, repeat=len(axes)):
+        if math.prod(sizes) == devices:
+            yield dict(zip(axes, sizes, strict=True))
+
+
+def ways(mesh):
+    return ("ring", "all_gather") if mesh["context"] > 1 else ("auto",)
+
+
+TABLE = [(mesh, way) for mesh in factorizations(DEVICES, BUILT) for way in ways(mesh)]
+QUICK = ((dict(data=1, fsdp=2, expert=1, context=2, tensor=2), "ring"),
+         (dict(data=1, fsdp=1, expert=2, context=4, tensor=1), "all_gather"))
+
+
+def named(case):
+    mesh, way = case
+    return pytest.param(mesh, way, id=" ".join(f"{axis}={n}" for axis, n in mesh.items() if n > 1) + f" {way}",
+                        marks=() if case in QUICK else pytest.mark.slow)
+
+
+def settings(mesh=None, way="auto", **sections):
+    return tiny_config(model=MODEL, mesh=mesh or {}, compute=dict(context_attention=way), **sections)
+
+
+@functools.cache
+def single_device() -> Run:
+    """From weights of the size of trained ones, so that tokens differ in their experts."""
+    mesh = make_mesh(settings().mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        start = leaves(init_state(settings(), mesh))
+    start = [10 * a if a.ndim > 2 and a.dtype == np.float32 else a for a in start]
+    return run_steps(settings(), devices=1, steps=STEPS, start=start)
+
+
+def away(mesh, way, **sections):
+    """How far losses and states (Adam's moments hold all gradients) are from a single device's."""
+    expected, config = single_device(), settings(mesh, way, **sections)
+    check_divisible(make_mesh(config.mesh), config.model, config.train)
+    run = run_steps(config, DEVICES, steps=STEPS, start=expected.first)
+    losses = max(abs(a - b) for a, b in zip(run.losses, expected.losses, strict=True))
+    return max(losses, furthest(run.last, expected.last))
+
+
+def test_the_table_has_every_mesh():
+    assert len(list(factorizations(DEVICES, BUILT))) == 35  # 3 factors of 2 fall on 5 axes
+    assert len(TABLE) == 35 + 15 and all(case in TABLE for case in QUICK)
+
+
+@pytest.mark.parametrize(("mesh", "way"), [named(case) for case in TABLE])
+def test_a_mesh_trains_what_one_device_trains(mesh, way):
+    assert away(mesh, way) < ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ring", "all_gather"])
+def test_microbatches_remat_and_unrolled_layers_do_not_matter(way):
+    assert away(dict(data=2, fsdp=1, context=2, tensor=2), way, train=dict(grad_accumulation=2),
+                remat=dict(policy="names")) < ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("twin", ["positions", "order", "balance"])
+def test_a_perturbed_twin_trains_something_else(twin, monkeypatch):
+    if twin == "positions":
+        monkeypatch.setattr(ring, "token_index", chunk_late)
+    if twin == "order":
+        monkeypatch.setattr(loss_module, "balanced_order", lambda batch: batch)
+    if twin == "balance":  # each part of a row balanced by itself
+        monkeypatch.setattr(jax.lax, "psum", lambda x, axes, psum=jax.lax.psum: (
+            x if axes == "context" else psum(x, axes)))
+    assert away(dict(data=2, fsdp=1, context=4, tensor=1), "ring") > 3 * ROUNDING
