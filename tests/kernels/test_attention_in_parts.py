@@ -119,8 +119,8 @@ def test_a_ring_is_plain_jax_and_splash_takes_gathered_keys():
     assert across("auto", "tpu")[:2] == ("all_gather", "splash")
     assert across("auto", "cpu")[:2] == ("ring", "reference")
     assert across("all_gather", "cpu")[:2] == ("all_gather", "reference")
-    for way, platform, change in (("ring", "tpu", {}), ("auto", "gpu", {}), ("all_gather", "tpu", {"seq_len": 4096 - 512})):
-        way, kernel, reason = across(way, platform, **change)
+    for way, platform, seq_len in (("ring", "tpu", 4096), ("auto", "gpu", 4096), ("all_gather", "tpu", 4096 - 512)):
+        way, kernel, reason = across(way, platform, seq_len=seq_len)
         assert kernel == "reference" and "is not used because" in reason and "4 devices" in reason
 
 
