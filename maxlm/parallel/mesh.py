@@ -37,13 +37,31 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """A mesh over `devices` (all by default) with explicit axis types: a layout mistake is a trace-time error.
 
     `data` is outermost, so that on several hosts or slices its slow links carry the gradient sum alone;
-    `tensor` is innermost, on the fastest links. Raises ConfigError where the sizes do not fit the devices.
+    `tensor` is innermost, on the fastest links. Between TPU slices, which only the data center's network connects,
+    `data` alone runs. Raises ConfigError where the sizes do not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = axis_sizes(config, len(devices))
+    slices = _slices(devices)
+    if sizes["data"] % slices:
+        raise ConfigError(f"mesh.data={sizes['data']} is not a multiple of the {slices} TPU slices, which must split no "
+                          f"other axis: set it to {slices}, or to a multiple")
     # A pod is a torus of few axes: ours may have to share one of them.
-    layout = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    how = {"devices": devices, "allow_split_physical_axes": True}
+    if slices == 1:
+        layout = mesh_utils.create_device_mesh(tuple(sizes.values()), **how)
+    else:
+        inside = sizes | {"data": sizes["data"] // slices}
+        between = dict.fromkeys(sizes, 1) | {"data": slices}
+        layout = mesh_utils.create_hybrid_device_mesh(tuple(inside.values()), tuple(between.values()), **how)
     return Mesh(layout, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+    """How many TPU slices these are of. GPUs call their nodes slices as well, but any axis may run between nodes."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({device.slice_index for device in devices})
 
 
 def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:
