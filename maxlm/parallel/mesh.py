@@ -44,8 +44,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = axis_sizes(config, len(devices))
     slices = _slices(devices)
     if sizes["data"] % slices:
-        raise ConfigError(f"mesh.data={sizes['data']} is not a multiple of the {slices} TPU slices, which must split no "
-                          f"other axis: set it to {slices}, or to a multiple")
+        raise ConfigError(f"mesh.data={sizes['data']} is not a multiple of the {slices} TPU slices, which must split "
+                          f"no other axis: set it to {slices}, or to a multiple")
     # A pod is a torus of few axes: ours may have to share one of them.
     how = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
