@@ -70,8 +70,10 @@ def make_evaluator(config: RunConfig, mesh: Mesh) -> Callable[..., Evaluation | 
 
 
 def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This process's rows of a global batch as global arrays, [B, T], laid out by `batch_sharding`."""
-    sharding, shape = batch_sharding(mesh), (None, batch["tokens"].shape[1])  # all tokens of the rows are here
+    """This process's rows of a global batch, whole, as global arrays, [B, T], laid out by `batch_sharding`."""
+    sharding, (rows, length) = batch_sharding(mesh), batch["tokens"].shape
+    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    shape = (rows * parts // len(local_rows(mesh, parts)), length)
     return {
         name: jax.make_array_from_process_local_data(sharding, batch[name], shape)
         for name in ("tokens", "targets", "segment_ids", "positions")

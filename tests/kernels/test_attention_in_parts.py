@@ -1,6 +1,7 @@
 """Attention over rows that `context` splits, in a ring and with gathered keys, against attention in numpy."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,25 @@ def test_many_queries_are_taken_in_pieces_with_the_same_result(across, monkeypat
 def test_splash_serves_gathered_keys(case, monkeypatch):
     monkeypatch.setattr(tpu, "laid_out_kernel", functools.partial(tpu.laid_out_kernel, interpret=True))
     assert largest_error("all_gather", 2, 512, case, "splash") < ROUNDING
+
+
+def test_keys_travel_in_the_loops_of_the_ring_and_are_never_gathered():
+    """In the program that XLA is given for forward and backward: what it does in loops, and what outside."""
+
+    def count(across):
+        q, k, _, _, segments = inputs(48, 4, 2)
+        mesh = mesh_of(4)
+        with jax.set_mesh(mesh):
+            loss = lambda q, k, v, s: attention(  # noqa: E731
+                q, k, v, segment_ids_BT=s, window=None, softcap=0.0, implementation="reference", across=across).sum()
+            text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*(on(mesh, x) for x in (q, k, k, segments))).as_text("hlo")
+        outside = re.compile(r"^(ENTRY|.*manual_computation).*\{$", re.MULTILINE)
+        bodies = [part for part in text.split("\n}\n") if not outside.search(part)]
+        return sum(body.count("collective-permute(") for body in bodies), text.count("all-gather(")
+
+    # Forward k, v, which tokens they are (2 arrays); backward these and both gradients.
+    assert count("ring") == (4 + 6, 0)
+    assert count("all_gather") == (0, 3)
 
 
 def chunk_late(device, length, ways):

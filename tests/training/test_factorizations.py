@@ -21,7 +21,7 @@ from tests.training.tiny import Run, furthest, leaves, run_steps, tiny_config
 
 DEVICES, STEPS = 8, 10
 BUILT = tuple(axis for axis in AXES if axis != "stage")
-ROUNDING = 2e-5  # of parameters and moments after all steps; float32, weights up to 1
+ROUNDING = 1e-4  # of parameters and moments after all steps; float32, weights up to 1
 MODEL = dict(
     num_layers=2, num_heads=16, num_kv_heads=8, head_dim=4, layer_pattern=["local"], num_experts=8,
     experts_per_token=2, expert_dim=16,
@@ -111,4 +111,4 @@ def test_a_perturbed_twin_trains_something_else(twin, monkeypatch):
     if twin == "balance":  # each part of a row balanced by itself
         monkeypatch.setattr(jax.lax, "psum", lambda x, axes, psum=jax.lax.psum: (
             x if axes == "context" else psum(x, axes)))
-    assert away(dict(data=2, fsdp=1, context=4, tensor=1), "ring") > 3 * ROUNDING
+    assert away(dict(data=2, fsdp=1, context=4, tensor=1), "ring") > 5 * ROUNDING
