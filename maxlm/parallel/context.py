@@ -62,3 +62,9 @@ def natural_order(x: jax.Array, ways: int) -> jax.Array:
     """The tokens of all devices one after the other, [B, C * T, ...], in the order of the row."""
     parts = x.reshape(x.shape[0], ways, 2, x.shape[1] // (2 * ways), *x.shape[2:])
     return jnp.concatenate([parts[:, :, 0], parts[:, ::-1, 1]], axis=1).reshape(x.shape)
+
+
+def device_order(x: jax.Array, ways: int) -> jax.Array:
+    """The inverse of `natural_order`."""
+    parts = x.reshape(x.shape[0], 2, ways, x.shape[1] // (2 * ways), *x.shape[2:])
+    return jnp.stack([parts[:, 0], parts[:, 1, ::-1]], axis=2).reshape(x.shape)

@@ -44,7 +44,7 @@ def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
     if config.mesh.context > 1:
         across, attention, reason = choose_across(
             compute.context_attention, attention, reason, seq_len=config.train.seq_len, context=config.mesh.context,
-            named=compute.attention != "auto")
+            kv_heads=model.num_kv_heads // config.mesh.tensor, named=compute.attention != "auto")
     told = f"attention: {attention}, {reason}{_fp8_units(config, device)}"
     if not model.num_experts:
         return Kernels(attention, across=across), told

@@ -59,8 +59,8 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("across", "context", "T", "case"), [
-    ("ring", 4, 48, "all"), ("all_gather", 4, 48, "all"), slow("ring", 2, 48, "grouped"), slow("ring", 2, 48, "all"),
-    slow("all_gather", 2, 48, "one key head"), slow("ring", 4, 104, "plain"),
+    ("ring", 4, 48, "all"), ("all_gather", 4, 48, "all"), ("all_to_all", 2, 48, "all"),
+    slow("ring", 2, 48, "grouped"), slow("ring", 2, 48, "all"), slow("all_gather", 2, 48, "one key head"), slow("ring", 4, 104, "plain"),
 ])
 def test_rows_in_parts_are_attention(across, context, T, case):
     assert largest_error(across, context, T, case) < ROUNDING
@@ -131,19 +131,29 @@ def test_each_device_has_an_early_chunk_and_the_late_one_that_mirrors_it(context
 
 
 def across(requested, platform, kernel="auto", **changes):
-    sizes = {"seq_len": 4096} | changes
-    return choose_across(requested, *choose(kernel, platform, **sizes), context=4, named=kernel != "auto", **sizes)
+    sizes = {"seq_len": 4096, "kv_heads": 8} | changes
+    chosen = choose(kernel, platform, seq_len=sizes["seq_len"])
+    return choose_across(requested, *chosen, context=4, named=kernel != "auto", **sizes)
 
 
-def test_a_ring_is_plain_jax_and_splash_takes_gathered_keys():
+def test_auto_goes_the_way_in_which_the_fast_kernel_serves():
     assert across("auto", "tpu")[:2] == ("all_gather", "splash")
+    assert across("auto", "gpu")[:2] == ("all_to_all", "cudnn")
     assert across("auto", "cpu")[:2] == ("ring", "reference")
     assert across("all_gather", "cpu")[:2] == ("all_gather", "reference")
-    for way, platform, seq_len in (("ring", "tpu", 4096), ("auto", "gpu", 4096), ("all_gather", "tpu", 4096 - 512)):
-        way, kernel, reason = across(way, platform, seq_len=seq_len)
-        assert kernel == "reference" and "is not used because" in reason and "4 devices" in reason
+    assert across("all_to_all", "tpu")[:2] == ("all_to_all", "splash")
 
 
-def test_a_kernel_asked_for_by_name_that_cannot_serve_parts_is_an_error():
+@pytest.mark.parametrize(("requested", "platform", "changes", "way"), [
+    ("ring", "tpu", {}, "ring"), ("ring", "gpu", {}, "ring"), ("all_gather", "gpu", {}, "all_gather"),
+    ("auto", "gpu", {"kv_heads": 6}, "ring"), ("auto", "tpu", {"seq_len": 4096 - 512}, "ring")])
+def test_plain_jax_says_why_it_is_not_the_fast_kernel(requested, platform, changes, way):
+    chosen, kernel, reason = across(requested, platform, **changes)
+    assert (chosen, kernel) == (way, "reference") and "is not used because" in reason and "4 devices" in reason
+
+
+def test_what_cannot_run_as_asked_is_an_error():
     with pytest.raises(ConfigError, match="compute.attention='splash' cannot run with mesh.context=4"):
         across("ring", "tpu", "splash")
+    with pytest.raises(ConfigError, match="compute.context_attention='all_to_all' cannot run: the 6 key heads"):
+        across("all_to_all", "cpu", kv_heads=6)

@@ -40,7 +40,10 @@ def factorizations(devices, axes):
 
 
 def ways(mesh):
-    return ("ring", "all_gather") if mesh["context"] > 1 else ("auto",)
+    if mesh["context"] == 1:
+        return ("auto",)
+    exchangeable = MODEL["num_kv_heads"] % (mesh["context"] * mesh["tensor"]) == 0
+    return ("ring", "all_gather", *(("all_to_all",) if exchangeable else ()))
 
 
 TABLE = [(mesh, way) for mesh in factorizations(DEVICES, BUILT) for way in ways(mesh)]
@@ -81,7 +84,7 @@ def away(mesh, way, jitter=JITTER, **sections):
 
 def test_the_table_has_every_mesh():
     assert len(list(factorizations(DEVICES, BUILT))) == 35  # 3 factors of 2 fall on 5 axes
-    assert len(TABLE) == 35 + 15 and all(case in TABLE for case in QUICK)
+    assert len(TABLE) == 35 + 2 * 15 and all(case in TABLE for case in QUICK)  # context in three ways
 
 
 @pytest.mark.parametrize(("mesh", "way"), [named(case) for case in TABLE])
@@ -90,7 +93,7 @@ def test_a_mesh_trains_what_one_device_trains(mesh, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ring", "all_gather"])
+@pytest.mark.parametrize("way", ["ring", "all_gather", "all_to_all"])
 def test_microbatches_remat_and_unrolled_layers_do_not_matter(way):
     """Without jitter, which each microbatch draws for itself."""
     assert away(dict(data=2, fsdp=1, context=2, tensor=2), way, jitter=0.0, train=dict(grad_accumulation=2),

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from maxlm.kernels.attention.choose import choose_across, choose_attention
-from maxlm.kernels.attention.gathered import gathered_attention
+from maxlm.kernels.attention.gathered import exchanged_attention, gathered_attention
 from maxlm.kernels.attention.reference import reference_attention
 from maxlm.kernels.attention.ring import ring_attention
 
@@ -67,6 +67,8 @@ def attention(
 
             kernel, layout = laid_out_kernel(q_BTHK, k_BSGK, window=window, softcap=softcap)
             local, arguments, specs = partial(gathered_splash, scale=scale), (kernel, *arguments), (layout, *specs)
+        elif across == "all_to_all":
+            local = partial(exchanged_attention, attend=local)
         else:
             local = partial(ring_attention if across == "ring" else gathered_attention, **how)
     return jax.shard_map(

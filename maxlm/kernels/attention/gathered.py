@@ -1,8 +1,12 @@
-"""Attention over rows that are split along `context`: each device gathers the keys and values of the whole row.
+"""Attention over rows that are split along `context`, by bringing whole rows together.
 
-The way of Llama 3 (arXiv:2407.21783, section 3.3.2): with few key heads they are small beside what the products of a
-layer take, and one kernel call serves the row. The gradients of keys and values are scattered in the compute dtype.
-With the zig-zag split of parallel/context.py every device's queries see as many keys as those of any other.
+`gathered_attention`: each device gathers the keys and values of the row. The way of Llama 3 (arXiv:2407.21783, section
+3.3.2): with few key heads they are small beside what the products of a layer take, and one kernel call serves the row.
+The gradients of keys and values are scattered in the compute dtype. With the zig-zag split of parallel/context.py every
+device's queries see as many keys as those of any other.
+
+`exchanged_attention`: devices exchange heads for tokens, so that each has whole rows of some heads, which any kernel
+serves as it is (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509).
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.attention.parts import Scoring, Tokens, backward, forward, heads_first, heads_last
-from maxlm.parallel.context import AXIS, natural_order, token_index
+from maxlm.parallel.context import AXIS, device_order, natural_order, token_index
 
 
 def gathered_attention(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, *, window, softcap, scale):
@@ -22,6 +26,17 @@ def gathered_attention(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, *, window, softca
     Plain JAX, which computes the scores of all keys."""
     k_BSGK, v_BSGK, segments_BS = whole_rows(k_BTGK), whole_rows(v_BTGK), whole_rows(segment_ids_BT)
     return _attend(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, segments_BS, Scoring(window, softcap, scale))
+
+
+def exchanged_attention(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, *, attend):
+    """out_BTHK, where `attend` serves whole rows (q, k, v, segment ids) of H / C and G / C heads. C divides G."""
+    ways = jax.lax.axis_size(AXIS)
+
+    def rows_of_some_heads(x_BTHK):
+        return natural_order(jax.lax.all_to_all(x_BTHK, AXIS, split_axis=2, concat_axis=1, tiled=True), ways)
+
+    out = attend(*map(rows_of_some_heads, (q_BTHK, k_BTGK, v_BTGK)), whole_rows(segment_ids_BT))
+    return jax.lax.all_to_all(device_order(out, ways), AXIS, split_axis=1, concat_axis=2, tiled=True)
 
 
 def whole_rows(x_BT):
