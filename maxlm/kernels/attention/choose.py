@@ -48,7 +48,7 @@ def choose_across(requested: str, kernel: str, reason: str, *, seq_len: int, con
     splits_heads = kv_heads % context == 0
     if requested == "all_to_all" and not splits_heads:
         raise ConfigError(f"compute.context_attention='all_to_all' cannot run: the {kv_heads} key heads of a device "
-                          f"are not a multiple of mesh.context={context}: set it to 'auto', or mesh.context to a divisor")
+                          f"are not a multiple of mesh.context={context}: set it to 'auto', or change either")
     if requested != "auto":
         way = requested
     elif kernel == "splash":
