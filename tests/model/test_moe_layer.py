@@ -13,7 +13,7 @@ from maxlm.config import MeshConfig, ModelConfig, MoEConfig
 from maxlm.model.moe.layer import MoE
 from maxlm.numerics import FLOAT32
 from maxlm.parallel.mesh import make_mesh
-from maxlm.parallel.sharding import BATCH, stored
+from maxlm.parallel.sharding import BATCH, STREAM, stored
 
 B, T, D, E, K = 8, 6, 16, 8, 2
 BIAS = {"even": np.zeros(E), "two experts take all": np.eye(E)[2] * 9 + np.eye(E)[5] * 9,
@@ -51,7 +51,7 @@ def on_mesh(made: MoE, **axes):
     x, g, ids = inputs()
     mesh = make_mesh(MeshConfig(**axes))
     with jax.set_mesh(mesh):
-        rows = lambda a: jax.device_put(a, jax.NamedSharding(mesh, P(BATCH)))  # noqa: E731
+        rows = lambda a: jax.device_put(a, jax.NamedSharding(mesh, P(BATCH, STREAM if a.ndim > 2 else "context")))  # noqa: E731
         made = jax.tree.map(jax.device_put, made, stored(made, mesh))
 
         def loss(made, x):
