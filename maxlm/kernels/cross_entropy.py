@@ -18,7 +18,17 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.sharding import BATCH, SHARD, STORAGE, STREAM, TOKENS, has_mesh, shard_count
+from maxlm.parallel.sharding import (
+    BATCH,
+    SHARD,
+    STORAGE,
+    STREAM,
+    TOKENS,
+    gathered_tokens,
+    has_mesh,
+    scattered_tokens,
+    shard_count,
+)
 
 MAX_LOGITS_BYTES = 2**31  # float32 logits of one chunk on one device
 
@@ -71,8 +81,7 @@ def _sharded(x, w, targets, z_loss, softcap, chunks, *, gradients: bool):
 
 def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, sharded):
     """One device's rows: sums over the mesh, this device's rows of dx, its shard of dw."""
-    if sharded and jax.lax.axis_size("tensor") > 1:  # the CPU backend copies even for a gather of one
-        x_BTD = jax.lax.all_gather(x_BTD, "tensor", axis=1, tiled=True)
+    x_BTD = gathered_tokens(x_BTD) if sharded else x_BTD
     batch, length, width = x_BTD.shape
     w_VD = w_VD.astype(x_BTD.dtype)
     split = sharded and shard_count() > 1
@@ -105,7 +114,7 @@ def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, shard
     if not gradients:
         return sums
     if sharded:
-        dx_BTD = jax.lax.psum_scatter(dx_BTD, "tensor", scatter_dimension=1, tiled=True)
+        dx_BTD = scattered_tokens(dx_BTD)
         if split:
             dw_VD = jax.lax.psum_scatter(dw_VD, SHARD, scatter_dimension=1, tiled=True)
         dw_VD = jax.lax.psum(dw_VD, "data" if split else TOKENS)

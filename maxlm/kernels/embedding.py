@@ -17,7 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.sharding import BATCH, SHARD, STORAGE, STREAM, TOKENS, has_mesh, shard_count
+from maxlm.parallel.sharding import (
+    BATCH,
+    SHARD,
+    STORAGE,
+    STREAM,
+    TOKENS,
+    gathered_tokens,
+    has_mesh,
+    scattered_tokens,
+    shard_count,
+)
 
 _TABLE = P(STORAGE["vocab"], STORAGE["embed"])
 
@@ -37,8 +47,7 @@ def _forward(table_VD, tokens_BT, dtype):
 
     def look_up(shard_VD, tokens_BT):
         first = jax.lax.axis_index("tensor") * shard_VD.shape[0]
-        x_BTD = local(_gathered(shard_VD.astype(dtype)), tokens_BT, first=first)
-        return jax.lax.psum_scatter(x_BTD, "tensor", scatter_dimension=1, tiled=True)
+        return scattered_tokens(local(_gathered(shard_VD.astype(dtype)), tokens_BT, first=first))
 
     specs = {"in_specs": (_TABLE, P(BATCH, "context")), "out_specs": P(BATCH, STREAM, None)}
     return jax.shard_map(look_up, **specs)(table_VD, tokens_BT), kept
@@ -111,8 +120,7 @@ def _carry(left, right):
 
 def _sharded_scatter(dx_BTD, tokens_BT, *, vocab):
     shard = vocab // jax.lax.axis_size("tensor")
-    dx_BTD = jax.lax.all_gather(dx_BTD, "tensor", axis=1, tiled=True)
-    dw_VD = _scatter(dx_BTD, tokens_BT, vocab=shard, first=jax.lax.axis_index("tensor") * shard)
+    dw_VD = _scatter(gathered_tokens(dx_BTD), tokens_BT, vocab=shard, first=jax.lax.axis_index("tensor") * shard)
     if shard_count() == 1:
         return jax.lax.psum(dw_VD, TOKENS)
     return jax.lax.psum(jax.lax.psum_scatter(dw_VD, SHARD, scatter_dimension=1, tiled=True), "data")

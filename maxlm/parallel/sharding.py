@@ -79,6 +79,20 @@ def whole_length(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, P(BATCH, "context", *jax.typeof(x).sharding.spec[2:]))
 
 
+def gathered_tokens(x_BTD: jax.Array) -> jax.Array:
+    """`whole_length` inside a `shard_map`, where x is this device's part of the stream."""
+    if jax.lax.axis_size("tensor") == 1:  # the CPU backend copies even for a gather of one
+        return x_BTD
+    return jax.lax.all_gather(x_BTD, "tensor", axis=1, tiled=True)
+
+
+def scattered_tokens(x_BTD: jax.Array) -> jax.Array:
+    """Inside a `shard_map`: the sum over `tensor`, of which each device gets its part of the stream."""
+    if jax.lax.axis_size("tensor") == 1:
+        return x_BTD
+    return jax.lax.psum_scatter(x_BTD, "tensor", scatter_dimension=1, tiled=True)
+
+
 def stored(tree: Any, mesh: Mesh) -> Any:
     """The storage NamedSharding of every array in `tree` (a module, its gradients, an optimizer state): from the
     logical dims of each nnx.Param, replicated for arrays that are not in one. Same structure as `tree`."""

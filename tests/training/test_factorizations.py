@@ -53,8 +53,8 @@ QUICK = ((dict(data=1, fsdp=2, expert=1, context=2, tensor=2), "ring"),
 
 def named(case):
     mesh, way = case
-    return pytest.param(mesh, way, id=" ".join(f"{axis}={n}" for axis, n in mesh.items() if n > 1) + f" {way}",
-                        marks=() if case in QUICK else pytest.mark.slow)
+    words = [f"{axis}{n}" for axis, n in mesh.items() if n > 1]
+    return pytest.param(mesh, way, id="-".join([*words, way]), marks=() if case in QUICK else pytest.mark.slow)
 
 
 def settings(jitter, mesh=None, way="auto", **sections):

@@ -26,7 +26,18 @@ from maxlm.model.moe.router import choose
 from maxlm.model.parameter import matrix
 from maxlm.numerics import Numerics
 from maxlm.parallel.context import balanced_order
-from maxlm.parallel.sharding import ACTIVATION, BATCH, COMPUTE, STREAM, TOKENS, has_mesh, spec, use, whole_length
+from maxlm.parallel.sharding import (
+    ACTIVATION,
+    BATCH,
+    COMPUTE,
+    STREAM,
+    TOKENS,
+    has_mesh,
+    scattered_tokens,
+    spec,
+    use,
+    whole_length,
+)
 
 
 class MoE(nnx.Module):
@@ -97,7 +108,7 @@ def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, kernel, exchan
         *routed, serve, Room(moe.capacity_factor, moe.buffer_factor, GROUP_MULTIPLE[kernel]), config.num_experts)
     out_BTD = out_ND.reshape(B, T, D)
     if sharded:
-        out_BTD = jax.lax.psum_scatter(out_BTD, "tensor", scatter_dimension=1, tiled=True)
+        out_BTD = scattered_tokens(out_BTD)
         lost = jax.lax.pmean(lost, "tensor")
     return out_BTD, measure_load(choice, logits_NE, real_N, lost, T, config, sharded)
 
