@@ -94,8 +94,8 @@ def test_keys_travel_in_the_loops_of_the_ring_and_are_never_gathered():
         bodies = [part for part in text.split("\n}\n") if not outside.search(part)]
         return sum(body.count("collective-permute(") for body in bodies), text.count("all-gather(")
 
-    # Forward k, v, which tokens they are (2 arrays); backward these and both gradients.
-    assert count("ring") == (4 + 6, 0)
+    # Forward k, v and their segment ids; backward these and both gradients.
+    assert count("ring") == (3 + 5, 0)
     assert count("all_gather") == (0, 3)
 
 

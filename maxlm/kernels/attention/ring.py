@@ -42,7 +42,7 @@ def _ring(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, how):
 
 def _ring_forward(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, how):
     early, late, held = _sides(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT)
-    keys_early, keys_late = _halved(held)
+    keys_early, keys_late = _keys(held, jax.lax.axis_index(AXIS))
     show = lambda side, keys: forward(side[0], keys[0], keys[1], side[1], keys[2], how)  # noqa: E731
     parts = show(early, keys_early), merged(show(late, keys_early), show(late, keys_late))
 
@@ -87,7 +87,7 @@ def _ring_backward(how, kept, dout_BTHK):
         halves = lambda a, e: jnp.concatenate([a + jnp.where(before, e, 0), jnp.where(before, 0, e)], 2)  # noqa: E731
         return dq, jax.tree.map(lambda total, a, e: total + halves(a, e), dkv, tuple(dkv_always), tuple(dkv_either))
 
-    keys_early, keys_late = _halved(held)
+    keys_early, keys_late = _keys(held, jax.lax.axis_index(AXIS))
     parts = [gradients(early, keys_early), gradients(late, keys_early), gradients(late, keys_late)]
     dq = parts[0][0], parts[1][0] + parts[2][0]
     dkv = tuple(jnp.concatenate([parts[0][i] + parts[1][i], parts[2][i]], axis=2) for i in (1, 2))
@@ -109,29 +109,29 @@ _ring.defvjp(_ring_forward, _ring_backward)
 
 
 def _sides(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT):
-    """(early queries, late queries, keys): (q, Tokens) twice, and (k, v, Tokens) of both halves, heads first."""
-    length, ways = q_BTHK.shape[1], jax.lax.axis_size(AXIS)
-    tokens = Tokens(token_index(jax.lax.axis_index(AXIS), length, ways), segment_ids_BT)
+    """((q, Tokens) of the early chunk, the same of the late one, what travels: k, v and segment ids), heads first."""
+    index_T = token_index(jax.lax.axis_index(AXIS), q_BTHK.shape[1], jax.lax.axis_size(AXIS))
+    queries = jnp.split(heads_first(q_BTHK, k_BTGK.shape[2]), 2, axis=3)
+    tokens = map(Tokens, jnp.split(index_T, 2), jnp.split(segment_ids_BT, 2, axis=1))
     k, v = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k_BTGK, v_BTGK))
-    early, late = jnp.split(heads_first(q_BTHK, k_BTGK.shape[2]), 2, axis=3)
-    tokens_early, tokens_late = (half[2] for half in _halved((k, v, tokens)))
-    return (early, tokens_early), (late, tokens_late), (k, v, tokens)
+    return *zip(queries, tokens, strict=True), (k, v, segment_ids_BT)
 
 
-def _halved(held):
-    """The keys of the early chunk and of the late one."""
-    k, v, (index_T, segments_BT) = held
-    halves = (jnp.split(x, 2, axis) for x, axis in ((k, 2), (v, 2), (index_T, 0), (segments_BT, 1)))
-    return tuple((k, v, Tokens(index, segments)) for k, v, index, segments in zip(*halves, strict=True))
+def _keys(held, device):
+    """(k, v, Tokens) of the early chunk of a device and of its late one."""
+    k, v, segments_BT = held
+    index_T = token_index(device, k.shape[2], jax.lax.axis_size(AXIS))
+    tokens = map(Tokens, jnp.split(index_T, 2), jnp.split(segments_BT, 2, axis=1))
+    return tuple(zip(jnp.split(k, 2, axis=2), jnp.split(v, 2, axis=2), tokens, strict=True))
 
 
 def _visible(early, late, held, turn):
     """(whether the keys held at this turn are of a device before this one, the two pairs of queries and keys)."""
     me, ways = jax.lax.axis_index(AXIS), jax.lax.axis_size(AXIS)
-    before = (me - turn) % ways < me
-    keys_early, keys_late = _halved(held)
-    choose = functools.partial(jax.tree.map, functools.partial(jnp.where, before))
-    return before, ((late, keys_early), (choose(early, late), choose(keys_early, keys_late)))
+    source = (me - turn) % ways
+    keys_early, keys_late = _keys(held, source)
+    choose = functools.partial(jax.tree.map, functools.partial(jnp.where, source < me))
+    return source < me, ((late, keys_early), (choose(early, late), choose(keys_early, keys_late)))
 
 
 def _passed_on(tree):
