@@ -58,7 +58,7 @@ def check(name: str, dtype: jnp.dtype) -> float:
         dx, dw = pull(g)
         return out, jnp.where(held, dx, 0), dw
 
-    got = jax.jit(lambda x, w: all_three(lambda x, w: grouped_matmul(x, w, sizes, name), x, w))(x, w)
+    got = jax.jit(lambda x, w: all_three(lambda x, w: grouped_matmul(x, (w,), sizes, name)[0], x, w))(x, w)
     exact = [jnp.where(held, x, 0).astype(jnp.float32), w.astype(jnp.float32)]
     with jax.default_matmul_precision("highest"):
         wanted = jax.jit(lambda x, w: all_three(
@@ -82,9 +82,9 @@ def main() -> None:
             sizes = jnp.asarray(group_sizes(rows, GROUP_MULTIPLE[name], skewed))
             x = jax.random.normal(jax.random.key(0), (rows, WIDTH), dtype)
             w = jax.random.normal(jax.random.key(1), (EXPERTS, WIDTH, HIDDEN), dtype)
-            product = jax.jit(lambda x, w, s, name=name: grouped_matmul(x, w, s, name))
+            product = jax.jit(lambda x, w, s, name=name: grouped_matmul(x, (w,), s, name)[0])
             both = jax.jit(lambda x, w, s, g, name=name: jax.vjp(
-                lambda x, w: grouped_matmul(x, w, s, name), x, w)[1](g))
+                lambda x, w: grouped_matmul(x, (w,), s, name)[0], x, w)[1](g))
             flops = 2 * rows * WIDTH * HIDDEN
             g = product(x, w, sizes)
             result = {"implementation": name, "skewed": skewed, "largest_relative_error": error,

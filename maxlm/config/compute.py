@@ -20,7 +20,7 @@ class PrecisionConfig:
     """
 
     recipe: Literal["float32", "bf16", "fp8", "fp8_rowwise"] = "bf16"
-    fp8_sites: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
+    fp8_sites: tuple[Literal["attention", "mlp", "experts"], ...] = ("attention", "mlp", "experts")
     plain_first_layers: int = 0
     plain_last_layers: int = 0
     power_of_two_scales: bool = False

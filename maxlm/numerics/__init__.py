@@ -4,11 +4,13 @@
     y_BTF = numerics.mlp.einsum("BTD,DF->BTF", x_BTD, weight, ("batch", None, "mlp"))
 
 A product takes activations in the compute dtype and a stored float32 weight, and says how the weight is cast, gathered
-over `fsdp` and multiplied, forward and backward. Routers, norms, embedding, head and attention's scores are not sites.
+over `fsdp` and multiplied, forward and backward (that of experts: kernels/grouped_matmul). Routers, norms, embedding,
+head and attention's scores are not sites.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,6 +30,7 @@ class Numerics:
     dtype: jnp.dtype
     attention: Plain | Fp8
     mlp: Plain | Fp8
+    experts: Plain | Fp8
     plain_first_layers: int = 0
     plain_last_layers: int = 0
 
@@ -42,10 +45,14 @@ class Numerics:
     def plain(self) -> Numerics:
         """The same with every product in the compute dtype: generation computes so, for its products are too small to
         gain from less."""
-        return Numerics(self.dtype, Plain(self.dtype), Plain(self.dtype))
+        return _plain(self.dtype)
 
 
-FLOAT32 = Numerics(jnp.dtype("float32"), Plain(jnp.dtype("float32")), Plain(jnp.dtype("float32")))
+def _plain(dtype: jnp.dtype) -> Numerics:
+    return Numerics(dtype, Plain(dtype), Plain(dtype), Plain(dtype))
+
+
+FLOAT32 = _plain(jnp.dtype("float32"))
 
 _SCALING = {"fp8": "tensor", "fp8_rowwise": "row"}
 
@@ -53,11 +60,9 @@ _SCALING = {"fp8": "tensor", "fp8_rowwise": "row"}
 def numerics_of(precision: PrecisionConfig) -> Numerics:
     """Those of a run's `precision`."""
     dtype = jnp.dtype("float32" if precision.recipe == "float32" else "bfloat16")
-    plain = Plain(dtype)
     if precision.recipe not in _SCALING:
-        return Numerics(dtype, plain, plain)
+        return _plain(dtype)
     product = Fp8(dtype, _SCALING[precision.recipe], precision.power_of_two_scales)
-    site = lambda name: product if name in precision.fp8_sites else plain  # noqa: E731
-    return Numerics(
-        dtype, site("attention"), site("mlp"), precision.plain_first_layers, precision.plain_last_layers
-    )
+    return dataclasses.replace(_plain(dtype), **{site: product for site in precision.fp8_sites},
+                               plain_first_layers=precision.plain_first_layers,
+                               plain_last_layers=precision.plain_last_layers)

@@ -76,12 +76,19 @@ class Quantised(NamedTuple):
 
 
 def quantise(x: jax.Array, dtype: jnp.dtype, axes: range, recipe: Fp8) -> Quantised:
-    """x in `dtype`, scaled so that its largest value is the format's: along `axes`, or of all where the recipe has one
-    scale a tensor. Where x is all zeros the scale is 1."""
+    """x in `dtype`, scaled along `axes`, or by one scale where the recipe has one a tensor."""
+    return scaled(x, dtype, tuple(axes) if recipe.scaling == "row" else None, recipe.power_of_two)
+
+
+def scaled(x: jax.Array, dtype: jnp.dtype, axes: tuple[int, ...] | None, power_of_two: bool,
+           over: tuple[str, ...] = ()) -> Quantised:
+    """x in `dtype`, scaled so that its largest value along `axes` (None: all) is the format's; zeros are left alone.
+    over: in a `shard_map`, the mesh axes along which more of what shares a scale lies."""
     x32 = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x32), axis=tuple(axes) if recipe.scaling == "row" else None, keepdims=True)
+    largest = jnp.max(jnp.abs(x32), axis=axes, keepdims=True)
+    largest = jax.lax.pmax(largest, over) if over else largest
     scale = jnp.where(largest == 0, 1.0, jnp.minimum(float(jnp.finfo(dtype).max) / largest, _LARGEST_SCALE))
-    if recipe.power_of_two:
+    if power_of_two:
         mantissa, _ = jnp.frexp(scale)
         scale = scale / (2 * mantissa)
     return Quantised((x32 * scale).astype(dtype), 1 / scale)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from maxlm.config import RunConfig
 from maxlm.data.skipping import Skipped, data_index, skip
@@ -53,13 +53,14 @@ class StepAnomalies:
         return data_index(step, self.skipped)
 
     def finished(self, step: int, metrics: StepMetrics) -> Spike | None:
-        """The metrics of `step` are here, on the host. The spike to roll back from, if any. Raises RunStopped where the
-        update itself was not finite: its state is lost."""
-        if not math.isfinite(metrics.update_norm):
-            self._monitor.halt = (f"the update of step {step} has norm {metrics.update_norm} though its gradient is "
-                                  "finite, so its state is not saved")
-            self.check()
+        """The metrics of `step` are here, on the host. The spike to roll back from, if any."""
         return self._monitor.observe(step, float(metrics.loss), float(metrics.grad_norm), bool(metrics.skipped))
+
+    def check_state(self, step: int, params: Any) -> None:
+        """Raises RunStopped where parameters that are about to be saved are not finite, whatever made them so."""
+        if not _finite(params):
+            self._monitor.halt = f"there are parameters after step {step} that are not finite, so they are not saved"
+            self.check()
 
     def check(self) -> None:
         """Raises RunStopped where the run must stop."""
@@ -87,3 +88,8 @@ class StepAnomalies:
         if jax.process_index() == 0:
             record(self._run_dir, event)
             self._line(describe(event))
+
+
+@jax.jit
+def _finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(tree)]).all()

@@ -299,7 +299,7 @@ class _Run:
         self.watchdog.finished(step)
         self.ledger.finished(step, metrics)
         self.goodput.step_done(step)
-        loss, grad_norm, update_norm, rate, tokens, skipped = (float(value) for value in metrics[:6])
+        loss, grad_norm, rate, tokens, skipped = (float(value) for value in metrics[:5])
         self.tokens += 0 if skipped else int(tokens)
         if spike := self.anomalies.finished(step, metrics):
             return spike
@@ -313,7 +313,7 @@ class _Run:
         self.mark, self.marked_step = now, step
         row = {
             "step": step, "tokens": self.tokens, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm,
-            "update_norm": update_norm, "step_seconds": seconds, "mfu": self.throughput.mfu(seconds),
+            "step_seconds": seconds, "mfu": self.throughput.mfu(seconds),
             "tokens_per_second_per_chip": self.throughput.tokens_per_second_per_chip(seconds),
             **self.anomalies.counts, **self.routers.figures(),
         }
@@ -359,6 +359,7 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, save: Callable[..., Any], *, evaluation_owed: bool) -> None:
         with self.goodput.phase("save"):
+            self.anomalies.check_state(step, state.params)
             meta = {
                 "step": step,
                 "evaluation_owed": evaluation_owed,

@@ -75,7 +75,7 @@ def _train(runs: PackedRuns, config: RunConfig, streams: Sequence[Any], heldout:
             for k, writer in enumerate(writers):
                 writer.write({"step": step, "tokens": int(tokens[k]), "step_seconds": seconds / len(writers),
                               **{name: float(getattr(metrics, name)[k]) for name in
-                                 ("loss", "learning_rate", "grad_norm", "update_norm")}})
+                                 ("loss", "learning_rate", "grad_norm")}})
             mark = time.perf_counter()
         if step == last or (evaluating and step % evaluating == 0):
             clock = time.perf_counter()

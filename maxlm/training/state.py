@@ -17,7 +17,7 @@ from maxlm.kernels.grouped_matmul import choose_grouped_matmul
 from maxlm.model import Transformer, make_transformer
 from maxlm.model.block import Kernels
 from maxlm.model.parametrization import multipliers
-from maxlm.numerics import numerics_of
+from maxlm.numerics import Fp8, numerics_of
 from maxlm.parallel.sharding import stored
 from maxlm.schema import ConfigError
 from maxlm.training.optimizer import make_optimizer
@@ -35,8 +35,8 @@ class TrainState:
 
 def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
     """(kernels, why, in a line): those of a run on devices like `device`, which need not be attached."""
-    model, compute = config.model, config.compute
-    where = {"platform": device.platform, "compute_dtype": numerics_of(config.precision).dtype.name,
+    model, compute, numerics = config.model, config.compute, numerics_of(config.precision)
+    where = {"platform": device.platform, "compute_dtype": numerics.dtype.name,
              "compute_capability": getattr(device, "compute_capability", None)}
     attention, reason = choose_attention(compute.attention, head_dim=model.head_dim, seq_len=config.train.seq_len,
                                          softcap=model.attention_softcap, deterministic=compute.deterministic, **where)
@@ -49,7 +49,8 @@ def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
     if not model.num_experts:
         return Kernels(attention, across=across), told
     grouped, reason = choose_grouped_matmul(compute.grouped_matmul, width=model.hidden_dim,
-                                            expert_dim=model.expert_dim // config.mesh.tensor, **where)
+                                            expert_dim=model.expert_dim // config.mesh.tensor,
+                                            eight_bit=isinstance(numerics.experts, Fp8), **where)
     exchange = compute.expert_exchange
     if exchange == "ragged_all_to_all" and device.platform == "cpu":
         raise ConfigError("compute.expert_exchange='ragged_all_to_all' does not run on cpu: set it to 'auto'")

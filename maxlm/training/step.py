@@ -25,14 +25,14 @@ from maxlm.training.state import TrainState, abstract_state, optimizer_of
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step: mean loss in nats a token, norms of the whole gradient (before clipping) and update,
-    the learning rate it used, the tokens that had a target, 1 where the update was skipped, else 0; and a digest of the
-    batch as the device saw it, uint32 [2]. `load`: what the routers did, [sparse layers, ...], or None.
+    """Scalars of one step: mean loss in nats a token, norm of the whole gradient before clipping, the learning rate it
+    used, the tokens that had a target, 1 where the update was skipped, else 0; and a digest of the batch as the device
+    saw it, uint32 [2]. `load`: what the routers did, [sparse layers, ...], or None. The update's norm is not among
+    them: to sum it up costs a second pass over parameters and update (docs/LOG.md).
     """
 
     loss: jax.Array
     grad_norm: jax.Array
-    update_norm: jax.Array
     learning_rate: jax.Array
     tokens: jax.Array
     skipped: jax.Array
@@ -76,7 +76,6 @@ def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTran
     metrics = StepMetrics(
         loss=loss,
         grad_norm=grad_norm,
-        update_norm=jnp.where(good, optax.tree.norm(updates), 0.0),
         learning_rate=jnp.asarray(schedule(updates_made(state.opt_state)), jnp.float32),
         tokens=tokens,
         skipped=(~good).astype(jnp.int32),

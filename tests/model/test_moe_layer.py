@@ -1,6 +1,8 @@
 """The sparse layer on a mesh under any imbalance, and what a buffer that is too small leaves out."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.config import MeshConfig, ModelConfig, MoEConfig
 from maxlm.model.moe.layer import MoE
-from maxlm.numerics import FLOAT32
+from maxlm.numerics import FLOAT32, Fp8
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import BATCH, STREAM, stored
 
@@ -46,7 +48,7 @@ def by_token(made: MoE, x: np.ndarray) -> np.ndarray:
     return weight[..., None] * np.einsum("btkf,btkfd->btkd", g / (1 + np.exp(-g)) * u, down)
 
 
-def on_mesh(made: MoE, **axes):
+def on_mesh(made: MoE, numerics=FLOAT32, **axes):
     """(output, load, gradients of sum(output * g) in x and all weights) on 8 devices."""
     x, g, ids = inputs()
     mesh = make_mesh(MeshConfig(**axes))
@@ -55,7 +57,7 @@ def on_mesh(made: MoE, **axes):
         made = jax.tree.map(jax.device_put, made, stored(made, mesh))
 
         def loss(made, x):
-            out, load = made(x, rows_ids, FLOAT32, None)
+            out, load = made(x, rows_ids, numerics, None)
             return jnp.sum(out * rows_g), (out, load)
 
         rows_ids, rows_g = rows(ids), rows(g)
@@ -64,16 +66,18 @@ def on_mesh(made: MoE, **axes):
 
 
 @functools.cache
-def alone(bias):
-    """The gradients without a mesh, whose output is the formula's."""
+def alone(bias, numerics=FLOAT32):
+    """Output and gradients without a mesh."""
     x, g, ids = inputs()
-    made = layer(bias=bias)
-    loss = lambda made, x: (lambda out: (jnp.sum(out * g), out))(made(x, ids, FLOAT32, None)[0])  # noqa: E731
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(made, jnp.asarray(x))
-    assert np.allclose(out, by_token(made, x).sum(2), atol=1e-4)
-    less = by_token(made, x)[:, :, 0]  # the twin: one expert less
-    assert not np.allclose(out, less, atol=1e-2)
+    loss = lambda made, x: (lambda out: (jnp.sum(out * g), out))(made(x, ids, numerics, None)[0])  # noqa: E731
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(layer(bias=bias), jnp.asarray(x))
     return np.asarray(out), [np.asarray(a) for a in jax.tree.leaves(grads)]
+
+
+def test_the_layer_is_its_formula():
+    made, (out, _) = layer(), alone("even")
+    assert np.allclose(out, by_token(made, inputs()[0]).sum(2), atol=1e-4)
+    assert not np.allclose(out, by_token(made, inputs()[0])[:, :, 0], atol=1e-2)  # the twin: one expert less
 
 
 @pytest.mark.parametrize(("bias", "exchange"), [
@@ -84,6 +88,7 @@ def alone(bias):
 def test_any_imbalance_gives_the_right_answer(bias, exchange):
     out, load, grads = on_mesh(layer(exchange, bias), expert=4, tensor=2)
     wanted, wanted_grads = alone(bias)
+    assert np.allclose(wanted, by_token(layer(bias=bias), inputs()[0]).sum(2), atol=1e-4)
     assert load.dropped == 0 and load.chosen_E.sum() == B * T * K
     if bias == "two experts take all":
         assert load.chosen_E.tolist() == [0, 0, B * T, 0, 0, B * T, 0, 0]
@@ -109,3 +114,47 @@ def test_what_finds_no_room_is_left_out_counted_and_harms_nothing_else(exchange,
         kept += fits[0]
     assert 0 < load.dropped == B * T * K - kept
     assert all(np.isfinite(a).all() for a in grads)
+
+
+def in_8_bits(scaling):
+    return dataclasses.replace(FLOAT32, experts=Fp8(jnp.dtype("float32"), scaling))
+
+
+def apart(got, wanted):
+    """The largest relative distance of output and gradients."""
+    return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(
+        (got[0], *got[-1]), (wanted[0], *wanted[-1]), strict=True) if np.any(b))
+
+
+MESHES = [("tensor", dict(expert=4, tensor=2), "all_to_all"), ("row", dict(expert=2, fsdp=2, tensor=2), "all_to_all"),
+          ("tensor", dict(data=2, fsdp=4), "all_to_all"), ("row", dict(expert=4, data=2), "all_gather"),
+          ("tensor", dict(expert=2, fsdp=2, tensor=2), "all_gather"), ("row", dict(fsdp=4, tensor=2), "all_to_all")]
+
+
+@pytest.mark.parametrize(("scaling", "axes", "exchange"), [
+    *MESHES[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in MESHES[2:])])
+def test_experts_in_8_bits_are_the_same_on_any_mesh(scaling, axes, exchange):
+    """Scales are of the whole; partial products are rounded to bfloat16, as everywhere in the FP8 recipes."""
+    wanted = alone("even", in_8_bits(scaling))
+    assert 0.02 < apart(wanted, alone("even")) < 0.2  # it is 8 bits
+    assert apart(on_mesh(layer(exchange), in_8_bits(scaling), **axes), wanted) < 0.01
+
+
+@pytest.mark.slow
+def test_the_comparison_sees_scales_of_a_devices_own(monkeypatch):
+    """The twin of the test above."""
+    monkeypatch.setattr(jax.lax, "pmax", lambda x, axes: x)
+    assert apart(on_mesh(layer(), in_8_bits("tensor"), expert=4, tensor=2), alone("even", in_8_bits("tensor"))) > 0.02
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "row"])
+def test_experts_weights_are_gathered_in_8_bits(scaling):
+    made, mesh = layer(), make_mesh(MeshConfig(expert=2, fsdp=4))
+    with jax.set_mesh(mesh):
+        made = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), made, stored(made, mesh))
+        rows = lambda shape, dtype: jax.ShapeDtypeStruct(  # noqa: E731
+            shape, dtype, sharding=jax.NamedSharding(mesh, P(BATCH)))
+        loss = lambda made, x, ids: jnp.sum(made(x, ids, in_8_bits(scaling), None)[0])  # noqa: E731
+        jaxpr = str(jax.jit(jax.grad(loss)).trace(made, rows((B, T, D), jnp.float32), rows((B, T), jnp.int32)).jaxpr)
+    gathered = re.findall(r":(\w+)\[4,16,16\]\S* = all_gather", jaxpr)
+    assert set(gathered) == {"f8_e4m3fn"} and len(gathered) == (3 if scaling == "tensor" else 6)

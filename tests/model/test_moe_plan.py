@@ -69,7 +69,7 @@ def test_grouped_products_and_gradients(sizes, implementation):
     group = np.searchsorted(np.cumsum(sizes), np.arange(R), side="right")
     padded = np.concatenate([w, np.zeros((1, D, F))])
     expected = np.einsum("rd,rdf->rf", x, padded[group])
-    out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.asarray(sizes, jnp.int32), implementation), x, w)
+    out, pull = jax.vjp(lambda x, w: grouped_matmul(x, (w,), jnp.asarray(sizes, jnp.int32), implementation)[0], x, w)
     dx, dw = pull(g)
     behind = group == len(sizes)
     assert np.allclose(np.where(behind[:, None], 0, out), expected, atol=1e-4)

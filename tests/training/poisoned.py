@@ -19,7 +19,7 @@ import numpy as np
 from maxlm.cli import main
 from maxlm.data import loader
 from maxlm.data.skipping import data_index
-from maxlm.training import loop
+from maxlm.training import anomalies, loop
 
 UNSEEN, NOT_A_NUMBER = 250, 251
 
@@ -47,6 +47,8 @@ def poison(indices: dict[str, list[int]], replace: Callable[[Any, str, Any], Non
 
     replace(loader._Batches, "__getitem__", poisoned_read)
     replace(loop, "init_state", poisoned_state)
+    if "nan" in indices:  # the poison itself is a parameter that is not finite
+        replace(anomalies, "_finite", lambda params: True)
 
 
 if __name__ == "__main__":

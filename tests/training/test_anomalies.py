@@ -5,9 +5,13 @@ import random
 import signal
 import time
 
+import jax.numpy as jnp
 import pytest
 
 from maxlm.checkpoint import Checkpointer, latest_step, list_checkpoints, read_meta, tree_digest
+from maxlm.config import RunConfig
+from maxlm.resilience import RunStopped
+from maxlm.training.anomalies import StepAnomalies
 from tests.multiprocess import launch
 from tests.training.poisoned import poison
 from tests.training.runs import ONE_DEVICE, arguments, prepared, rows_of, start, timeless, train, write_config
@@ -40,11 +44,18 @@ def test_a_bad_batch_costs_its_update_alone(config, tmp_path, monkeypatch, capsy
     assert train(config, tmp_path, *COMMON, *NAN, "checkpoint.every_steps=5", "checkpoint.keep_last=4") == 0
     rows = {row["step"]: row for row in rows_of(tmp_path) if "loss" in row}
     assert [rows[step]["skipped_updates"] for step in (5, 6, 7, STEPS)] == [0, 1, 1, 1]
-    assert rows[6]["loss"] is None and rows[6]["update_norm"] == 0 and rows[7]["loss"] < rows[1]["loss"]
+    assert rows[6]["loss"] is None and rows[7]["loss"] < rows[1]["loss"]
     assert rows[6]["tokens"] == rows[5]["tokens"] < rows[7]["tokens"]
     event, = events_of(tmp_path)
     assert (event["event"], event["step"], event["data_index"]) == ("skipped_update", 6, 5)
     assert "step 6  update skipped: loss nan" in capsys.readouterr().err
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    anomalies = StepAnomalies(RunConfig(), tmp_path, lambda: 4, print)
+    anomalies.check_state(5, {"a": jnp.ones(3), "b": jnp.zeros(())})
+    with pytest.raises(RunStopped, match="after step 5 that are not finite.* saved as step 4"):
+        anomalies.check_state(5, {"a": jnp.ones(3), "b": jnp.asarray(jnp.inf)})
 
 
 def test_bad_batches_without_end_stop_the_run_with_the_last_good_state_saved(config, tmp_path, monkeypatch, capsys):
@@ -55,7 +66,8 @@ def test_bad_batches_without_end_stop_the_run_with_the_last_good_state_saved(con
     assert "4 updates in a row were skipped" in error and "saved as step 13" in error and "anomalies.jsonl" in error
     assert digest(tmp_path, 13) == digest(tmp_path, 8), "nothing was learnt from the bad batches, and nothing lost"
     assert latest_step(tmp_path / "checkpoints") == 13 and not (tmp_path / "DONE").exists()
-    monkeypatch.undo()  # the data, or the machine, is well again: the run goes on from there
+    monkeypatch.undo()  # the data, or the machine, is well again: the run goes on from there, poison in its table
+    monkeypatch.setattr("maxlm.training.anomalies._finite", lambda params: True)
     assert train(config, tmp_path, *COMMON, *NAN, limit, "checkpoint.every_steps=8") == 0
 
 

@@ -8,9 +8,12 @@ from tiny import Run, furthest, run_steps, tiny_config
 
 
 @functools.cache
-def step(recipe: str, first: int = 0, mesh: tuple = (), unroll: int | str = 1, window: int = 7) -> Run:
-    config = tiny_config(precision=dict(recipe=recipe, plain_first_layers=first), mesh=dict(mesh),
-                         compute=dict(layer_unroll=unroll), model=dict(sliding_window=window))
+def step(recipe: str, first: int = 0, mesh: tuple = (), unroll: int | str = 1, window: int = 7, sites: tuple = (),
+         experts: int = 0, remat: str = "none") -> Run:
+    sparse = dict(num_experts=experts, experts_per_token=2, expert_dim=32) if experts else {}
+    eight = dict(fp8_sites=sites) if sites else {}
+    config = tiny_config(precision=dict(recipe=recipe, plain_first_layers=first) | eight, remat=dict(policy=remat),
+                         mesh=dict(mesh), compute=dict(layer_unroll=unroll), model=dict(sliding_window=window) | sparse)
     return run_steps(config, devices=8 if mesh else 1, steps=1)
 
 
@@ -40,3 +43,14 @@ def test_how_it_is_computed_changes_rounding_alone(how):
     """The same model (another one is 0.4 away, above), and in 8 bits here too; tests/numerics compares closely."""
     assert apart(step("fp8", **how), step("fp8")) < 0.25
     assert apart(step("fp8", **how), step("bf16", **how)) > 5 * apart(step("bf16", **how), step("bf16"))
+
+
+@pytest.mark.slow
+def test_experts_are_a_site():
+    """In 8 bits they alone, on a mesh and recomputed, the step is near bf16's, and not with other experts."""
+    plain, fp8 = step("bf16", experts=8), step("fp8", experts=8, sites=("experts",))
+    assert 0.01 < apart(fp8, plain) < 0.25
+    mesh = (("expert", 2), ("fsdp", 2), ("tensor", 2))
+    elsewhere = step("fp8", experts=8, sites=("experts",), mesh=mesh, remat="names")
+    assert apart(elsewhere, fp8) < 0.25 and apart(elsewhere, step("bf16", experts=8, mesh=mesh)) > 0.01
+    assert apart(step("fp8", experts=8, sites=("experts",), window=2), plain) > 0.4

@@ -53,7 +53,7 @@ def test_a_bad_step_keeps_every_bit_and_the_next_goes_on(optimizer, devices):
         assert int(state.step) == count + 1
         state, good = step(state, on(mesh, with_rare(host_batch(1), False)))
     assert [int(m.skipped) for m in (first, bad, good)] == [0, 1, 0]
-    assert np.isnan(float(bad.loss)) and not np.isfinite(float(bad.grad_norm)) and float(bad.update_norm) == 0
+    assert np.isnan(float(bad.loss)) and not np.isfinite(float(bad.grad_norm))
     assert after == before
     assert np.isfinite(float(good.loss)) and bits(state.params) != before[0] and bits(state.opt_state) != before[1]
     schedule = make_schedule(config.schedule, 1e-2, 20)

@@ -1,7 +1,8 @@
 """Products of groups of rows, each with a matrix of its own: the experts' matrix products.
 
     name, reason = choose_grouped_matmul(config.compute.grouped_matmul, platform="gpu", ...)
-    out_RF = grouped_matmul(x_RD, w_EDF, sizes_E, name)
+    (out_RF,) = grouped_matmul(x_RD, (w_EDF,), sizes_E, name)
+    gate_RF, up_RF = expert_products(numerics.experts, name, dims, x_RD, (gate_EDF, up_EDF), sizes_E)
 
 Dims: R rows, E groups, D contracted, F produced. Rows stand in order of their group.
 """
@@ -12,24 +13,38 @@ import jax
 
 from maxlm.kernels.grouped_matmul.blocks import BLOCK, blocks_matmul
 from maxlm.kernels.grouped_matmul.choose import choose_grouped_matmul
+from maxlm.kernels.grouped_matmul.fp8 import fp8_products
+from maxlm.numerics import Fp8, Plain
+from maxlm.parallel.sharding import Dims
 
-__all__ = ["GROUP_MULTIPLE", "ROW_MULTIPLE", "choose_grouped_matmul", "grouped_matmul"]
+__all__ = ["GROUP_MULTIPLE", "ROW_MULTIPLE", "choose_grouped_matmul", "expert_products", "grouped_matmul"]
 
-GROUP_MULTIPLE = {"blocks": BLOCK, "ragged_dot": 1, "mosaic_gpu": 1}  # what each group's rows must be padded to
+GROUP_MULTIPLE = {"blocks": BLOCK, "ragged_dot": 1, "mosaic_gpu": 128}  # what each group's rows must be padded to
 ROW_MULTIPLE = 128  # what all rows together must be padded to
 
 
-def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, implementation: str) -> jax.Array:
-    """[R, F] in x's dtype, accumulated in float32; 0 in rows behind the last group, whatever x holds there.
+def grouped_matmul(x_RD: jax.Array, weights: tuple[jax.Array, ...], sizes_E: jax.Array,
+                   implementation: str) -> tuple[jax.Array, ...]:
+    """x's product with each of the weights, [E, D, F]: [R, F] in x's dtype, accumulated in float32; 0 in rows behind
+    the last group, whatever x holds there.
 
-    sizes_E: int32, multiples of GROUP_MULTIPLE[implementation]. Differentiable in x and w.
+    sizes_E: int32, multiples of GROUP_MULTIPLE[implementation]. Differentiable in x and the weights.
     """
     if implementation == "ragged_dot":
-        return jax.lax.ragged_dot(x_RD, w_EDF, sizes_E)
+        return tuple(jax.lax.ragged_dot(x_RD, w_EDF, sizes_E) for w_EDF in weights)
     if implementation == "blocks":
-        return blocks_matmul(x_RD, w_EDF, sizes_E)
+        return tuple(blocks_matmul(x_RD, w_EDF, sizes_E) for w_EDF in weights)
     if implementation == "mosaic_gpu":
         from maxlm.kernels.grouped_matmul.mosaic_gpu import mosaic_gpu_matmul  # Pallas is slow to import
 
-        return mosaic_gpu_matmul(x_RD, w_EDF, sizes_E)
+        return mosaic_gpu_matmul(x_RD, weights, sizes_E)
     raise ValueError(f"grouped_matmul implementation {implementation!r} is not one of {sorted(GROUP_MULTIPLE)}")
+
+
+def expert_products(numerics: Plain | Fp8, implementation: str, dims: Dims | None, x_RD: jax.Array,
+                    weights: tuple[jax.Array, ...], sizes_E: jax.Array) -> tuple[jax.Array, ...]:
+    """`grouped_matmul` of x with each of `weights`. Those of `Fp8` are float32 and laid out as stored (dims:
+    `fp8_products`); those of `Plain` are cast and gathered."""
+    if isinstance(numerics, Fp8):
+        return fp8_products(numerics, implementation, dims, x_RD, weights, sizes_E)
+    return grouped_matmul(x_RD, weights, sizes_E, implementation)

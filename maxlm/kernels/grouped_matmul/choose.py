@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from maxlm.schema import ConfigError
 
+IN_8_BITS = ("mosaic_gpu",)  # what multiplies 8-bit operands as such
 _FAST = {"tpu": "ragged_dot", "gpu": "mosaic_gpu"}
 
 
 def choose_grouped_matmul(
     requested: str, *, platform: str, width: int, expert_dim: int, compute_dtype: str,
-    compute_capability: str | None = None,
+    compute_capability: str | None = None, eight_bit: bool = False,
 ) -> tuple[str, str]:
     """(name, reason): the implementation to pass to `grouped_matmul`, and in words why it was chosen.
 
     requested: `compute.grouped_matmul` of the config. width, expert_dim: the sizes of an expert's matrices on one
-    device. platform, compute_capability: as for `choose_attention`.
+    device. platform, compute_capability: as for `choose_attention`. eight_bit: whether operands are 8-bit floats.
 
     TPU: `lax.ragged_dot` is a Mosaic kernel there. Hopper: the Mosaic kernels that JAX ships. Elsewhere 'blocks', whose
     cost is a copy of its matrix for every 64 rows: on CPUs `lax.ragged_dot` multiplies every row with every matrix, and
@@ -24,12 +25,17 @@ def choose_grouped_matmul(
     wanted = _FAST.get(platform, "blocks") if requested == "auto" else requested
     obstacle = _obstacle(wanted, platform, width, expert_dim, str(compute_dtype), compute_capability)
     if obstacle is None:
-        if requested != "auto":
-            return wanted, "as compute.grouped_matmul asks"
-        return wanted, f"the fast path of {platform}" if platform in _FAST else f"the reference, on {platform}"
+        reason = f"the fast path of {platform}" if platform in _FAST else f"the reference, on {platform}"
+        return wanted, ("as compute.grouped_matmul asks" if requested != "auto" else reason) + _bits(wanted, eight_bit)
     if requested == "auto":
-        return "blocks", f"slow: {wanted} is not used because {obstacle}"
+        return "blocks", f"slow: {wanted} is not used because {obstacle}{_bits('blocks', eight_bit)}"
     raise ConfigError(f"compute.grouped_matmul={requested!r} cannot run: {obstacle}; set it to 'auto' or 'blocks'")
+
+
+def _bits(name: str, eight_bit: bool) -> str:
+    if not eight_bit:
+        return ""
+    return ", in 8 bits" if name in IN_8_BITS else ", which multiplies 8-bit values as bfloat16"
 
 
 def _obstacle(name, platform, width, expert_dim, compute_dtype, compute_capability) -> str | None:

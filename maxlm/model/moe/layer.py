@@ -18,18 +18,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config import ModelConfig
-from maxlm.kernels.grouped_matmul import GROUP_MULTIPLE, grouped_matmul
+from maxlm.kernels.grouped_matmul import GROUP_MULTIPLE, expert_products
 from maxlm.model.mlp import ACTIVATIONS, MLP
 from maxlm.model.moe.exchange import EXCHANGES, Room, stay
 from maxlm.model.moe.load import Load, measure_load
 from maxlm.model.moe.router import choose
 from maxlm.model.parameter import matrix
-from maxlm.numerics import Numerics
+from maxlm.numerics import Fp8, Numerics
 from maxlm.parallel.context import balanced_order
 from maxlm.parallel.sharding import (
     ACTIVATION,
     BATCH,
     COMPUTE,
+    STORAGE,
     STREAM,
     TOKENS,
     has_mesh,
@@ -39,6 +40,9 @@ from maxlm.parallel.sharding import (
     whole_length,
 )
 
+MATRICES = ("gate", "up", "down")  # of each expert
+INTO, OUT = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")  # their dims
+
 
 class MoE(nnx.Module):
     """x [B, T, D] -> ([B, T, D], Load). kernel: of `choose_grouped_matmul`; exchange: of EXCHANGES."""
@@ -47,10 +51,9 @@ class MoE(nnx.Module):
         moe, E, D, F = config.moe, config.num_experts, config.hidden_dim, config.expert_dim
         self.router = matrix(rngs, (D, E), ("embed", None), config.init_std)
         self.selection_bias = nnx.Param(jnp.zeros(E), dims=("norm",), contracted=()) if moe.bias_rate else None
-        into = functools.partial(matrix, rngs, (E, D, F), ("experts", "expert_embed", "mlp"), config.init_std,
-                                 contracted=(1,), produced=(2,))
+        into = functools.partial(matrix, rngs, (E, D, F), INTO, config.init_std, contracted=(1,), produced=(2,))
         self.gate, self.up = into(), into()
-        self.down = matrix(rngs, (E, F, D), ("experts", "mlp", "expert_embed"),
+        self.down = matrix(rngs, (E, F, D), OUT,
                            config.init_std / math.sqrt(2 * config.num_layers), contracted=(1,), produced=(2,))
         bias = lambda dims, *shape: (  # noqa: E731
             nnx.Param(jnp.zeros(shape), dims=dims, contracted=()) if moe.expert_bias else None
@@ -63,25 +66,33 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array, numerics: Numerics,
                  key: jax.Array | None) -> tuple[jax.Array, Load]:
         """key: for the jitter; None (evaluation) leaves it out."""
-        weights = {"router": use(self.router, jnp.float32)} | {
-            name: use(getattr(self, name), jnp.float32 if name == "selection_bias" else numerics.dtype)
-            for name in ("selection_bias", "gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-            if getattr(self, name) is not None
-        }
+        weights, layouts, stored = self._weights(numerics)
         whole_BTD = whole_length(x_BTD)
         inputs = (whole_BTD, self._jittered(whole_BTD, key), segment_ids_BT)
-        local = functools.partial(_local, config=self.config, kernel=self.kernel, exchange=self.exchange)
+        local = functools.partial(_local, config=self.config, numerics=numerics, kernel=self.kernel,
+                                  exchange=self.exchange)
         if has_mesh():
             rows = P(BATCH, "context", None)
-            layouts = {name: spec(getattr(self, name).dims, COMPUTE) for name in weights}
             out_BTD, load = jax.shard_map(
-                lambda inputs, weights: local(*inputs, _varying(weights, layouts), sharded=True),
+                lambda inputs, weights: local(*inputs, _varying(weights, layouts, stored), sharded=True),
                 in_specs=((rows, rows, P(BATCH, "context")), layouts), out_specs=(P(BATCH, STREAM, None), P()),
             )(inputs, weights)
         else:
             out_BTD, load = local(*inputs, weights, sharded=False)
         # Nothing between the exchange and this depends on the other: a scheduler may run them side by side.
         return out_BTD if self.shared is None else out_BTD + self.shared(x_BTD, numerics), load
+
+    def _weights(self, numerics: Numerics) -> tuple[dict[str, jax.Array], dict[str, P], tuple[str, ...]]:
+        """(weights, their layouts, names of those laid out as stored): 8-bit products quantise before they gather."""
+        stored = MATRICES if isinstance(numerics.experts, Fp8) else ()
+        weights, layouts = {}, {}
+        for name in ("router", "selection_bias", *MATRICES, "gate_bias", "up_bias", "down_bias"):
+            weight = getattr(self, name)
+            if weight is not None:
+                dtype = jnp.float32 if name in ("router", "selection_bias") else numerics.dtype
+                weights[name] = weight[...] if name in stored else use(weight, dtype)
+                layouts[name] = spec(weight.dims, STORAGE if name in stored else COMPUTE)
+        return weights, layouts, stored
 
     def _jittered(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         jitter = self.config.moe.jitter
@@ -92,7 +103,7 @@ class MoE(nnx.Module):
         return x_BTD.astype(jnp.float32) * balanced_order(draw_BTD)  # each token's draw is the same on any mesh
 
 
-def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, kernel, exchange, sharded):
+def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, numerics, kernel, exchange, sharded):
     """One device's tokens (router_BTD: as the router sees them), and the load of all."""
     (B, T, D), moe = x_BTD.shape, config.moe
     x_ND, real_N = x_BTD.reshape(B * T, D), segment_ids_BT.reshape(-1) > 0
@@ -102,7 +113,8 @@ def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, kernel, exchan
     routed = (x_ND, choice.expert_NK, choice.weight_NK)
     if sharded:  # from here on each part of `tensor` does something else with a token
         routed = tuple(jax.lax.pcast(a, "tensor", to="varying") for a in routed)
-    serve = functools.partial(_experts, weights=weights, config=config, kernel=kernel, sharded=sharded)
+    serve = functools.partial(_experts, weights=weights, config=config, numerics=numerics.experts, kernel=kernel,
+                              sharded=sharded)
     apart = sharded and jax.lax.axis_size("expert") > 1
     out_ND, lost = (EXCHANGES[exchange] if apart else stay)(
         *routed, serve, Room(moe.capacity_factor, moe.buffer_factor, GROUP_MULTIPLE[kernel]), config.num_experts)
@@ -113,23 +125,30 @@ def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, kernel, exchan
     return out_BTD, measure_load(choice, logits_NE, real_N, lost, T, config, sharded)
 
 
-def _varying(weights: dict[str, jax.Array], layouts: dict[str, P]) -> dict[str, jax.Array]:
+def _varying(weights: dict[str, jax.Array], layouts: dict[str, P], stored: tuple[str, ...]) -> dict[str, jax.Array]:
     """The weights as values that may differ on every device that sees other tokens, or (those of the experts) other
-    hidden units, so that their gradients are summed over them here."""
+    hidden units, so that their gradients are summed over them here; but `stored` ones, whose products do that."""
 
     def one(name):
+        if name in stored:
+            return weights[name]
         split = TOKENS if name in ("router", "selection_bias") else (*TOKENS, "tensor")
         return jax.lax.pcast(weights[name], tuple(a for a in split if a not in layouts[name]), to="varying")
 
     return {name: one(name) for name in weights}
 
 
-def _experts(x_RD, weight_R, sizes_E, *, weights, config, kernel, sharded):
+def _experts(x_RD, weight_R, sizes_E, *, weights, config, numerics, kernel, sharded):
     """Each row through its expert, times its weight: [R, D]. Where `tensor` splits the experts, this device's part."""
-    product = lambda rows, name: grouped_matmul(rows, weights[name], sizes_E, kernel)  # noqa: E731
+
+    def products(rows, dims, *names):
+        wanted = tuple(weights[name] for name in names)
+        return expert_products(numerics, kernel, dims if sharded else None, rows, wanted, sizes_E)
+
     bias = _expert_bias(x_RD, sizes_E, weights)
-    gate_RF, up_RF = (checkpoint_name(product(x_RD, name) + bias(name + "_bias"), "mlp_up") for name in ("gate", "up"))
-    out_RD = product(_weighted(ACTIVATIONS[config.activation], gate_RF, up_RF, weight_R), "down")
+    gate_RF, up_RF = (checkpoint_name(out_RF + bias(name), "mlp_up") for out_RF, name in zip(
+        products(x_RD, INTO, "gate", "up"), ("gate_bias", "up_bias"), strict=True))
+    out_RD, = products(_weighted(ACTIVATIONS[config.activation], gate_RF, up_RF, weight_R), OUT, "down")
     whole = not sharded or jax.lax.axis_index("tensor") == 0  # the parts are summed over `tensor`
     return out_RD + jnp.where(whole, bias("down_bias") * weight_R[:, None].astype(x_RD.dtype), 0)
 

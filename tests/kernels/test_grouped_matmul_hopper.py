@@ -1,0 +1,97 @@
+"""The Hopper kernels without a GPU: their results in Pallas' interpreter, and that they lower for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from maxlm.kernels.grouped_matmul import grouped_matmul, hopper
+
+E, ROWS, WIDTH, HIDDEN = 3, 512, 128, 256
+UNEVEN, ONE_TAKES_ALL, NONE = (128, 0, 256), (0, 384, 0), (0, 0, 0)
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+
+newer = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX's interpreter has no products")
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setattr(hopper, "MULTIPROCESSORS", 2)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield
+
+
+def draw(seed, shape, dtype):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def exact(a):
+    return np.asarray(a.astype(jnp.float32), np.float64)
+
+
+def product_of(a_RK, b_EKN, sizes):
+    out, at = np.zeros((a_RK.shape[0], b_EKN.shape[2])), 0
+    for group, size in enumerate(sizes):
+        out[at : at + size] = a_RK[at : at + size] @ b_EKN[group]
+        at += size
+    return out
+
+
+def weights_of(a_RM, b_RN, sizes):
+    ends = np.cumsum(sizes)
+    return np.stack([a_RM[end - size : end].T @ b_RN[end - size : end] for end, size in zip(ends, sizes, strict=True)])
+
+
+def near(got, wanted):
+    return np.abs(exact(got) - wanted).max() <= 0.004 * np.abs(wanted).max()
+
+
+@newer
+@pytest.mark.parametrize("sizes", [UNEVEN, pytest.param(ONE_TAKES_ALL, marks=pytest.mark.slow),
+                                   pytest.param(NONE, marks=pytest.mark.slow)])
+def test_product_and_gradients_of_bfloat16(interpreted, sizes):
+    """Rows behind the last group hold NaN, and give 0."""
+    x, g = draw(0, (ROWS, WIDTH), jnp.bfloat16), draw(1, (ROWS, HIDDEN), jnp.bfloat16)
+    weights = tuple(draw(seed, (E, WIDTH, HIDDEN), jnp.bfloat16) for seed in (2, 3))
+    held = (jnp.arange(ROWS) < sum(sizes))[:, None]
+    x = jnp.where(held, x, jnp.nan)
+    outs, pull = jax.vjp(lambda x, *ws: grouped_matmul(x, ws, jnp.asarray(sizes, jnp.int32), "mosaic_gpu"), x, *weights)
+    dx, *dws = pull((jnp.where(held, g, jnp.nan), jnp.where(held, g / 2, jnp.nan)))
+    x64, g64 = (np.nan_to_num(exact(jnp.where(held, a, 0))) for a in (x, g))
+    wanted = sum(product_of(share * g64, exact(w).transpose(0, 2, 1), sizes)
+                 for share, w in zip((1, 0.5), weights, strict=True))
+    assert all(near(out, product_of(x64, exact(w), sizes)) for out, w in zip(outs, weights, strict=True))
+    assert near(dx, wanted)
+    assert near(dws[0], weights_of(x64, g64, sizes)) and near(dws[1], weights_of(x64, g64 / 2, sizes))
+    if sizes == UNEVEN:  # a row that counts for the next group is found
+        assert not near(dx, product_of(1.5 * g64, exact(weights[0]).transpose(0, 2, 1), (256, 0, 128)))
+
+
+@newer
+@pytest.mark.parametrize("formats", [(E4M3, E4M3), (E5M2, E4M3)])
+def test_products_of_8_bits(interpreted, formats):
+    a, b = draw(0, (ROWS, WIDTH), formats[0]), draw(1, (E, HIDDEN, WIDTH), formats[1])
+    out = hopper.grouped_product(((a, b),), jnp.asarray(UNEVEN, jnp.int32), b_last=True)
+    assert near(out, product_of(exact(a), exact(b).transpose(0, 2, 1), UNEVEN))
+    assert not near(out, product_of(exact(a), exact(b).transpose(0, 2, 1), (0, 128, 256)))
+    x, g = draw(2, (WIDTH, ROWS), formats[1]), draw(3, (HIDDEN, ROWS), formats[0])
+    dw = hopper.grouped_weights(x, g, jnp.asarray(UNEVEN, jnp.int32), rows_last=True)
+    assert near(dw, weights_of(exact(x).T, exact(g).T, UNEVEN))
+
+
+@pytest.mark.parametrize("hidden", [256, 384])
+def test_kernels_lower_for_cuda(hidden):
+    shape = jax.ShapeDtypeStruct
+    x, w = shape((ROWS, WIDTH), jnp.bfloat16), shape((E, WIDTH, hidden), jnp.bfloat16)
+
+    def gradient(x, w, sizes):
+        return jax.vjp(lambda x, w: grouped_matmul(x, (w,), sizes, "mosaic_gpu")[0], x, w)[1](jnp.ones((ROWS, hidden)
+                                                                                                       , x.dtype))
+
+    def eight_bit(x, w, sizes):
+        return hopper.grouped_product(((x, w),), sizes, b_last=True)
+
+    for function, *operands in ((gradient, x, w), (eight_bit, shape(x.shape, E4M3), shape((E, hidden, WIDTH), E4M3))):
+        lowered = jax.jit(function).trace(*operands, shape((E,), jnp.int32)).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu" in lowered.as_text()
