@@ -127,7 +127,7 @@ def apart(got, wanted):
 
 
 MESHES = [("tensor", dict(expert=4, tensor=2), "all_to_all"), ("row", dict(expert=2, fsdp=2, tensor=2), "all_to_all"),
-          ("tensor", dict(data=2, fsdp=4), "all_to_all"), ("row", dict(expert=4, data=2), "all_gather"),
+          ("tensor", dict(expert=2, fsdp=2, context=2), "all_to_all"), ("row", dict(expert=4, context=2), "all_gather"),
           ("tensor", dict(expert=2, fsdp=2, tensor=2), "all_gather"), ("row", dict(fsdp=4, tensor=2), "all_to_all")]
 
 
