@@ -6,6 +6,7 @@ The model has a dense layer and one with experts, grouped queries, packed docume
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,8 +17,9 @@ from maxlm.kernels.attention import ring
 from maxlm.parallel.context import token_index
 from maxlm.parallel.mesh import check_divisible, make_mesh
 from maxlm.training import loss as loss_module
-from maxlm.training.state import init_state
-from tests.training.tiny import Run, furthest, leaves, run_steps, tiny_config
+from maxlm.training.state import abstract_state, init_state
+from maxlm.training.step import compile_step
+from tests.training.tiny import furthest, host_batch, leaves, on, placed, tiny_config
 
 DEVICES, STEPS = 8, 10
 BUILT = tuple(axis for axis in AXES if axis != "stage")
@@ -62,24 +64,48 @@ def settings(jitter, mesh=None, way="auto", **sections):
     return tiny_config(model=model, mesh=mesh or {}, compute=dict(context_attention=way), **sections)
 
 
+class Step(NamedTuple):
+    """Loss and choices of a step, [sparse layers, experts], and the state it left."""
+
+    loss: float
+    chosen: np.ndarray
+    state: list[np.ndarray]
+
+
+def trained(config, devices, start) -> list[Step]:
+    mesh, steps = make_mesh(config.mesh, jax.devices()[:devices]), []
+    check_divisible(mesh, config.model, config.train)
+    with jax.set_mesh(mesh):
+        state, step = placed(start, abstract_state(config, mesh)), compile_step(config, mesh)
+        for index in range(STEPS):
+            state, metrics = step(state, on(mesh, host_batch(index)))
+            steps.append(Step(float(metrics.loss), np.asarray(metrics.load.chosen_E), leaves(state)))
+    return steps
+
+
 @functools.cache
-def single_device(jitter) -> Run:
+def single_device(jitter) -> tuple[list[np.ndarray], list[Step]]:
     """From weights of the size of trained ones, so that tokens differ in their experts."""
     config = settings(jitter)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         start = leaves(init_state(config, mesh))
     start = [10 * a if a.ndim > 2 and a.dtype == np.float32 else a for a in start]
-    return run_steps(config, devices=1, steps=STEPS, start=start)
+    return start, trained(config, 1, start)
 
 
 def away(mesh, way, jitter=JITTER, **sections):
-    """How far losses and states (Adam's moments hold all gradients) are from a single device's."""
-    expected, config = single_device(jitter), settings(jitter, mesh, way, **sections)
-    check_divisible(make_mesh(config.mesh), config.model, config.train)
-    run = run_steps(config, DEVICES, steps=STEPS, start=expected.first)
-    losses = max(abs(a - b) for a, b in zip(run.losses, expected.losses, strict=True))
-    return max(losses, furthest(run.last, expected.last))
+    """How far losses and states (Adam's moments hold all gradients) are from a single device's, at most.
+
+    Where a token's experts have scores equal but for rounding it may take another, and from there on the two runs are
+    of different models: they are compared up to there, if it is a token or two, in the second half of the steps."""
+    start, expected = single_device(jitter)
+    steps, worst = trained(settings(jitter, mesh, way, **sections), DEVICES, start), 0.0
+    for index, (ours, theirs) in enumerate(zip(steps, expected, strict=True)):
+        if 0 < np.abs(ours.chosen - theirs.chosen).sum() <= 4 and index >= STEPS // 2:
+            break
+        worst = max(worst, abs(ours.loss - theirs.loss), furthest(ours.state, theirs.state))
+    return worst
 
 
 def test_the_table_has_every_mesh():
