@@ -22,14 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
+from maxlm.config import PrecisionConfig  # noqa: E402
 from maxlm.hardware import compiler_options  # noqa: E402
-from maxlm.numerics.fp8 import FORWARD, Fp8, product, quantise  # noqa: E402
+from maxlm.numerics import numerics_of  # noqa: E402
+from maxlm.numerics.fp8 import FORWARD, product, quantise  # noqa: E402
 
 
 def ours(size: int):
-    recipe = Fp8(jnp.dtype("bfloat16"), "tensor")
+    recipe = numerics_of(PrecisionConfig(recipe="fp8"), "gpu").mlp
     a, b = (quantise(jax.random.normal(jax.random.key(i), (size, size)), FORWARD, range(1, 2), recipe) for i in (0, 1))
-    multiply = jax.jit(lambda a, b: product(a, b, 1, jnp.bfloat16, None), compiler_options=compiler_options("gpu"))
+    multiply = jax.jit(lambda a, b: product(recipe, a, b, 1, jnp.bfloat16, None),
+                       compiler_options=compiler_options("gpu"))
     compiled = multiply.lower(a, b).compile()
     assert "matmul$f8" in compiled.as_text(), "the product was not compiled to cuBLASLt's FP8 call"
     return lambda: compiled(a, b), jax.block_until_ready

@@ -29,6 +29,8 @@ from maxlm.parallel.distributed import (
     processes,
     together,
 )
+from maxlm.planning.verbs import add_verbs as add_planning_verbs
+from maxlm.planning.verbs import check_writable
 from maxlm.scaling.verbs import add_verbs as add_scaling_verbs
 from maxlm.schema import ConfigError
 
@@ -162,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     group = lambda name, text: functools.partial(_verb, verbs.add_parser(name, help=text, description=text)  # noqa: E731
                                                  .add_subparsers(required=True, metavar="VERB", parser_class=_Parser))
     add_scaling_verbs(functools.partial(_verb, verbs), group, _on_cpu)
+    add_planning_verbs(functools.partial(_verb, verbs), _add_overrides)
     _add_checkpoint_verbs(verbs)
     return parser
 
@@ -286,7 +289,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.documents <= config.train.seq_len:
         raise ConfigError(f"--documents={arguments.documents} must be from 1 to train.seq_len={config.train.seq_len}")
     if arguments.json:
-        _check_writable(arguments.json)
+        check_writable(arguments.json)
     _start_jax()
     from maxlm.training.benchmark import measure, summary
 
@@ -298,14 +301,6 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
     return 0
-
-
-def _check_writable(path: Path) -> None:
-    """Before minutes of work, that its result can be written to `path`."""
-    if not path.parent.is_dir():
-        raise ConfigError(f"--json {path}: there is no folder {path.parent}; make it first")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--json {path} cannot be written: choose another file")
 
 
 def _replay(arguments: argparse.Namespace) -> int:

@@ -76,7 +76,7 @@ def test_a_syntax_error_names_file_and_line(tmp_path, capsys):
     ("train.global_batch_size=12",
      ["= 12 is not a multiple of mesh.data * mesh.fsdp * mesh.expert = 8", "multiple of 8"]),
     ("mesh.tensor=3", ["3 does not divide the 8 devices"]),
-    ("mesh.stage=2", ["mesh.stage=2 is not built yet"]),
+    ("mesh.stage=2", ["model.num_layers = 1 is not a multiple of mesh.stage"]),
     ("train.seq_len=64", ["train.seq_len=64", "--seq-len 32", "set train.seq_len=32"]),
     ("train.global_batch_size=4096", ["shorter than one batch", "lower it"]),
     ("model.vocab_size=256", ["model.vocab_size=256 is smaller", "257 tokens: set model.vocab_size=257"]),

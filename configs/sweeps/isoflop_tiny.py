@@ -5,7 +5,7 @@
     maxlm fit sweeps/tiny/runs.jsonl --law chinchilla --out sweeps/tiny/fit
 
 Hardware: 2 CPU cores; how long is what --dry-run estimates, not measured. Enough to see the whole way, not to trust an
-exponent: for that use more budgets, further apart (isoflop_h200.py).
+exponent: for that use more budgets, further apart (isoflop_h100.py).
 """
 
 from maxlm.config import (

@@ -191,8 +191,6 @@ class MeshConfig:
         for name in AXES:
             size = getattr(self, name)
             require(size == "rest" or size > 0, f"mesh.{name}={size!r} must be 1 or more (sizes are absolute numbers)")
-        require(self.stage == 1, f"mesh.stage={self.stage} is not built yet: set it to 1 and use mesh.data, mesh.fsdp, "
-                                 "mesh.expert, mesh.context or mesh.tensor")
 
 
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
@@ -307,6 +305,8 @@ class RunConfig:
                 f"precision.{name}={count} must be a multiple of the {pattern} layers of model.layer_pattern, up to "
                 f"model.num_layers={self.model.num_layers}",
             )
+        if self.mesh.stage > 1:
+            self._check_pipeline()
         chunks = self.compute.loss_chunks
         require(
             chunks == "auto" or self.train.seq_len % (chunks * self.mesh.context) == 0,
@@ -319,6 +319,23 @@ class RunConfig:
             f"data.tokenizer={self.data.tokenizer!r} makes more tokens than model.vocab_size={self.model.vocab_size}: "
             "set model.vocab_size to its size",
         )
+
+    def _check_pipeline(self) -> None:
+        stage, repeats, count = self.mesh.stage, self.compute.pipeline_repeats, self.compute.pipeline_microbatches
+        pattern, dense = len(self.model.layer_pattern), self.model.moe.dense_layers
+        layers, unit = self.model.num_layers - dense, stage * repeats * pattern
+        require(layers % unit == 0,
+                f"model.num_layers{' - model.moe.dense_layers' if dense else ''} = {layers} is not a multiple of "
+                f"mesh.stage * compute.pipeline_repeats * layers of model.layer_pattern = {unit}: change one of them")
+        require(count == "auto" or count % stage == 0,
+                f"compute.pipeline_microbatches={count} must be a multiple of mesh.stage={stage}")
+        first, last = self.precision.plain_first_layers, self.precision.plain_last_layers
+        require(first <= dense and last == 0,
+                f"precision.plain_first_layers={first} and plain_last_layers={last} cut the layers that the stages "
+                f"share, which are computed alike: with mesh.stage={stage} set the first to at most "
+                f"model.moe.dense_layers={dense} and the other to 0")
+        require(self.resilience.corruption_check_every_steps == 0,
+                f"resilience.corruption_check_every_steps does not compare stages: with mesh.stage={stage} set it to 0")
 
 
 # What only changes how a run runs, and so may differ when it resumes. Everything else decides what is trained.

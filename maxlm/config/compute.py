@@ -39,9 +39,14 @@ class PrecisionConfig:
 @dataclass(frozen=True)
 class RematConfig:
     """What a layer keeps for its backward pass: all of it ('none'), its input alone ('full'), the outputs of its
-    matrix products ('dots'), or attention's and the gated MLP's products ('names')."""
+    matrix products ('dots'), or attention's and the gated MLP's products ('names').
 
-    policy: Literal["none", "full", "dots", "names"] = "none"
+    full_offload, names_offload: what these keep waits in the host's memory (docs/PIPELINE.md).
+    stage: with mesh.stage, a stage keeps its input alone, and all of its layers while a microbatch goes back through
+    it; what is outside of the stages is as with 'full'.
+    """
+
+    policy: Literal["none", "full", "dots", "names", "full_offload", "names_offload", "stage"] = "none"
 
     def __post_init__(self) -> None:
         check_types(self, "remat")
@@ -56,20 +61,27 @@ class ComputeConfig:
     expert_exchange: along mesh.expert; 'auto' is ragged_all_to_all on TPUs and all_to_all elsewhere (docs/MOE.md).
     layer_unroll: repeats of the layer pattern compiled into one scan iteration; 'all' unrolls the whole stack.
     loss_chunks: pieces of the sequence whose logits exist at one time; 'auto' picks from the vocabulary.
+    pipeline_microbatches, pipeline_repeats: along mesh.stage (docs/PIPELINE.md), how many microbatches flow through the
+    stages ('auto': of one row on each device), and how many pieces of the layers each stage holds: more of either leave
+    a smaller share of the step idle.
+    offload_optimizer: the optimizer's state waits in the host's memory between updates (docs/PIPELINE.md).
     deterministic: on GPUs, kernels and compilation that give the same bits every time (elsewhere they do anyway); what
     it costs is in docs/RESILIENCE.md.
     """
 
     attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
     context_attention: Literal["auto", "ring", "all_gather", "all_to_all"] = "auto"
-    grouped_matmul: Literal["auto", "blocks", "ragged_dot", "mosaic_gpu"] = "auto"
+    grouped_matmul: Literal["auto", "blocks", "ragged_dot", "mosaic_gpu", "mosaic_tpu"] = "auto"
     expert_exchange: Literal["auto", "all_to_all", "ragged_all_to_all", "all_gather"] = "auto"
     deterministic: bool = False
     layer_unroll: int | Literal["all"] = 1
     loss_chunks: int | Literal["auto"] = "auto"
+    pipeline_microbatches: int | Literal["auto"] = "auto"
+    pipeline_repeats: int = 1
+    offload_optimizer: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "compute")
-        for name in ("layer_unroll", "loss_chunks"):
+        for name in ("layer_unroll", "loss_chunks", "pipeline_microbatches", "pipeline_repeats"):
             value = getattr(self, name)
             require(isinstance(value, str) or value > 0, f"compute.{name}={value!r} must be 1 or more")

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.parallel.sharding import (
     BATCH,
+    REPLICAS,
     SHARD,
     STORAGE,
     STREAM,
@@ -117,7 +118,7 @@ def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, shard
         dx_BTD = scattered_tokens(dx_BTD)
         if split:
             dw_VD = jax.lax.psum_scatter(dw_VD, SHARD, scatter_dimension=1, tiled=True)
-        dw_VD = jax.lax.psum(dw_VD, "data" if split else TOKENS)
+        dw_VD = jax.lax.psum(dw_VD, REPLICAS if split else TOKENS)
     return sums, dx_BTD, dw_VD
 
 

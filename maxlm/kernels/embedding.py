@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.parallel.sharding import (
     BATCH,
+    REPLICAS,
     SHARD,
     STORAGE,
     STREAM,
@@ -123,7 +124,7 @@ def _sharded_scatter(dx_BTD, tokens_BT, *, vocab):
     dw_VD = _scatter(gathered_tokens(dx_BTD), tokens_BT, vocab=shard, first=jax.lax.axis_index("tensor") * shard)
     if shard_count() == 1:
         return jax.lax.psum(dw_VD, TOKENS)
-    return jax.lax.psum(jax.lax.psum_scatter(dw_VD, SHARD, scatter_dimension=1, tiled=True), "data")
+    return jax.lax.psum(jax.lax.psum_scatter(dw_VD, SHARD, scatter_dimension=1, tiled=True), REPLICAS)
 
 
 def _gathered(shard_VD):

@@ -57,12 +57,13 @@ FLOAT32 = _plain(jnp.dtype("float32"))
 _SCALING = {"fp8": "tensor", "fp8_rowwise": "row"}
 
 
-def numerics_of(precision: PrecisionConfig) -> Numerics:
-    """Those of a run's `precision`."""
+def numerics_of(precision: PrecisionConfig, platform: str = "cpu") -> Numerics:
+    """Those of a run's `precision` on a platform of JAX."""
     dtype = jnp.dtype("float32" if precision.recipe == "float32" else "bfloat16")
     if precision.recipe not in _SCALING:
         return _plain(dtype)
-    product = Fp8(dtype, _SCALING[precision.recipe], precision.power_of_two_scales)
+    scaling = _SCALING[precision.recipe]
+    product = Fp8(dtype, scaling, precision.power_of_two_scales, platform == "gpu" and scaling == "tensor")
     return dataclasses.replace(_plain(dtype), **{site: product for site in precision.fp8_sites},
                                plain_first_layers=precision.plain_first_layers,
                                plain_last_layers=precision.plain_last_layers)

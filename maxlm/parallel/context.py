@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.sharding import BATCH, has_mesh
+from maxlm.parallel.sharding import ACTIVATION, free_axes, has_mesh, spec
 
 AXIS = "context"
 
@@ -26,9 +25,9 @@ def balanced_order(tree: Any) -> Any:
     """Arrays [B, T, ...] split over `context` with the tokens of each row moved to where they are computed."""
     if not has_mesh() or (ways := jax.sharding.get_abstract_mesh().shape[AXIS]) == 1:
         return tree
-    specs = jax.tree.map(lambda a: P(BATCH, AXIS, *(None,) * (a.ndim - 2)), tree)
+    specs = jax.tree.map(lambda a: spec(("batch", "length", *(None,) * (a.ndim - 2)), ACTIVATION), tree)
     move = functools.partial(jax.tree.map, functools.partial(_balance, ways=ways))
-    return jax.shard_map(move, in_specs=(specs,), out_specs=specs)(tree)
+    return jax.shard_map(move, in_specs=(specs,), out_specs=specs, axis_names=free_axes())(tree)
 
 
 def _balance(x: jax.Array, ways: int) -> jax.Array:

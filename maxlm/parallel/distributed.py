@@ -21,10 +21,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from maxlm.parallel.launchers import several_processes
+from maxlm.parallel.launchers import coordinated, several_processes
 from maxlm.schema import ConfigError
 
-INITIALIZE_SECONDS = 120  # for all processes to arrive
+INITIALIZE_SECONDS = 120  # for all processes to arrive that a user starts
+LAUNCHED_SECONDS = 600  # that a scheduler starts: one host may still be pulling its image
 HEARTBEAT_SECONDS = 30  # without a sign of life a process counts as dead
 SHUTDOWN_SECONDS = 30  # for all processes to leave, once their work is done
 FAREWELL_SECONDS = 3  # that a failing process gives the others to fail in the same way
@@ -46,18 +47,22 @@ class PeerError(RuntimeError):
 def processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Iterator[bool]:
     """Inside, JAX's devices are those of all processes of the run. Yields whether there are several.
 
-    Give all three (HOST:PORT of process 0, how many, which one this is) or none; with none, JAX's own detection of a
-    launcher is used where the environment says that there is more than one process (launchers.py), and one process
-    starts nothing. Must come before anything that starts JAX's backend. Leaving it normally waits for the others.
+    Give all three (HOST:PORT of process 0, how many, which one this is) or none. With none, JAX's own detection of a
+    launcher is used where the environment says that there is more than one process, else the coordinator that the
+    environment names (launchers.py), and one process starts nothing. Must come before anything that starts JAX's
+    backend. Leaving it normally waits for the others.
 
     Raises ConfigError for flags that do not fit together and for a port that cannot be used. Ends the process with
-    exit code 2 and one line where the others have not come within INITIALIZE_SECONDS: JAX would abort instead.
+    one line where the others have not come in time, because JAX would abort: with exit code 2 after INITIALIZE_SECONDS
+    where there are flags; else, because then it is no mistake, with 75 after LAUNCHED_SECONDS.
     """
-    explicit = _checked(coordinator, num_processes, process_id)
-    if num_processes == 1 or not (explicit or several_processes(os.environ)):
+    launched = not _checked(coordinator, num_processes, process_id)
+    if launched and not several_processes(os.environ):
+        coordinator, num_processes, process_id = coordinated(os.environ) or (None, 1, None)
+    if num_processes == 1:
         yield False
         return
-    _start(coordinator, num_processes, process_id)
+    _start(coordinator, num_processes, process_id, launched)
     yield True
     stop()
 
@@ -82,28 +87,29 @@ def _checked(coordinator: str | None, num_processes: int | None, process_id: int
     return True
 
 
-def _start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def _start(coordinator: str | None, num_processes: int | None, process_id: int | None, launched: bool) -> None:
     import jax
 
     if jax.config.jax_cpu_collectives_implementation is None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     times = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
-    deadline = time.monotonic() + INITIALIZE_SECONDS
+    seconds, code = (LAUNCHED_SECONDS, PEER_LOST) if launched else (INITIALIZE_SECONDS, USER_MISTAKE)
+    deadline = time.monotonic() + seconds
     if coordinator is not None:
         if process_id:
-            _reach(coordinator, deadline)
+            _reach(coordinator, deadline, f"for {seconds} s", code)
         else:
             _check_free(coordinator)
         times |= {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id,
                   "cluster_detection_method": "deactivate"}
     arrived = threading.Event()
-    threading.Thread(target=_give_up, args=(arrived, deadline, num_processes), daemon=True).start()
+    threading.Thread(target=_give_up, args=(arrived, deadline, num_processes, seconds, code), daemon=True).start()
     try:
-        jax.distributed.initialize(initialization_timeout=2 * INITIALIZE_SECONDS, **times)
+        jax.distributed.initialize(initialization_timeout=2 * seconds, **times)
         jax.devices()  # where all exchange what devices they have
     except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(f"the processes of this run did not come together ({_first_line(error)}): give "
-                          "--coordinator, --num-processes and --process-id") from error
+        raise _apart(f"the processes of this run did not come together ({_first_line(error)}): give --coordinator, "
+                     "--num-processes and --process-id", code) from error
     finally:
         arrived.set()
 
@@ -121,7 +127,11 @@ def _check_free(coordinator: str) -> None:
                               f"({error.strerror}): choose another for all processes") from error
 
 
-def _reach(coordinator: str, deadline: float) -> None:
+def _apart(message: str, code: int) -> Exception:
+    return ConfigError(message) if code == USER_MISTAKE else PeerError(message, code)
+
+
+def _reach(coordinator: str, deadline: float, waited: str, code: int) -> None:
     """Returns once process 0 listens. JAX's own attempt would end in an abort with a stack trace."""
     host, _, port = coordinator.rpartition(":")
     while True:
@@ -130,19 +140,17 @@ def _reach(coordinator: str, deadline: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"--coordinator {coordinator} could not be reached for {INITIALIZE_SECONDS} s "
-                    f"({error.strerror or error}): check the address, and that process 0 was started"
-                ) from error
+                raise _apart(f"--coordinator {coordinator} could not be reached {waited} ({error.strerror or error}): "
+                             "check the address, and that process 0 was started", code) from error
         time.sleep(0.2)
 
 
-def _give_up(arrived: threading.Event, deadline: float, num_processes: int | None) -> None:
+def _give_up(arrived: threading.Event, deadline: float, num_processes: int | None, seconds: float, code: int) -> None:
     if not arrived.wait(deadline - time.monotonic()):
         expected = "the others" if num_processes is None else f"all {num_processes} processes"
-        print(f"maxlm: waited {INITIALIZE_SECONDS} s for {expected} of this run: start each with its own --process-id",
-              file=sys.stderr, flush=True)
-        os._exit(USER_MISTAKE)
+        fix = "start each with its own --process-id" if code == USER_MISTAKE else "see why the others did not start"
+        print(f"maxlm: waited {seconds} s for {expected} of this run: {fix}", file=sys.stderr, flush=True)
+        os._exit(code)
 
 
 def stop() -> None:

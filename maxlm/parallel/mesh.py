@@ -1,16 +1,20 @@
-"""The device mesh: six named axes, every one present, most of size 1."""
+"""The device mesh: six named axes, every one present, most of size 1.
+
+The checks need no JAX, so that a submission makes them where there is none.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
-
-from maxlm.config import AXES, MeshConfig, ModelConfig, TrainConfig
+from maxlm.config import AXES, MeshConfig, RunConfig
 from maxlm.schema import ConfigError
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
 
 
 def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -22,10 +26,9 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     others = math.prod(size for size in sizes.values() if size != "rest")
     if sizes["fsdp"] == "rest":
         if num_devices % others:
-            raise ConfigError(
-                f"mesh.data * mesh.expert * mesh.context * mesh.tensor = {others} does not divide the {num_devices} "
-                "devices: choose sizes whose product divides them"
-            )
+            axes = " * ".join(f"mesh.{axis}" for axis, size in sizes.items() if size not in (1, "rest"))
+            raise ConfigError(f"{axes} = {others} does not divide the {num_devices} devices: choose sizes whose "
+                              "product divides them")
         sizes["fsdp"] = num_devices // others
     elif others != num_devices:
         axes = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "all axes 1"
@@ -40,6 +43,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     `tensor` is innermost, on the fastest links. Between TPU slices, which only the data center's network connects,
     `data` alone runs. Raises ConfigError where the sizes do not fit the devices.
     """
+    import jax
+    from jax.experimental import mesh_utils
+    from jax.sharding import AxisType, Mesh
+
     devices = list(jax.devices() if devices is None else devices)
     sizes = axis_sizes(config, len(devices))
     slices = _slices(devices)
@@ -61,20 +68,26 @@ def _slices(devices: Sequence[jax.Device]) -> int:
     """How many TPU slices these are of. GPUs call their nodes slices as well, but any axis may run between nodes."""
     if devices[0].platform != "tpu":
         return 1
-    return len({device.slice_index for device in devices})
+    return len({getattr(device, "slice_index", 0) for device in devices})  # one slice's compile-only devices have none
 
 
-def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:
-    """Raises ConfigError, naming the field and the fix, where a sharded size is not a multiple of its axes."""
-    tensor, fsdp, expert, context = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert", "context"))
-    batch = mesh.shape["data"] * fsdp * expert
+def check_divisible(mesh: Mesh, config: RunConfig) -> None:
+    """Raises ConfigError, naming the field and the fix, where a sharded size is not a multiple of its axes. Of the mesh
+    it reads `shape` alone."""
+    model, train = config.model, config.train
+    tensor, fsdp, expert, stage, context = (
+        mesh.shape[axis] for axis in ("tensor", "fsdp", "expert", "stage", "context"))
+    batch, axes = mesh.shape["data"] * fsdp * expert, "mesh.data * mesh.fsdp * mesh.expert"
+    if stage > 1:  # microbatches, of which a multiple of the stages
+        count = config.compute.pipeline_microbatches
+        batch *= stage if count == "auto" else count
+        axes += " * mesh.stage" if count == "auto" else " * compute.pipeline_microbatches"
     microbatch = train.global_batch_size // train.grad_accumulation
     if microbatch % batch:
         raise ConfigError(
             f"train.global_batch_size / train.grad_accumulation = {microbatch} is not a multiple of "
-            f"mesh.data * mesh.fsdp * mesh.expert = {batch}: raise the batch to a multiple of "
-            f"{batch * train.grad_accumulation} "
-            "or use fewer devices along these axes"
+            f"{axes} = {batch}: raise the batch to a multiple of {batch * train.grad_accumulation} "
+            f"or use fewer devices along these axes"
         )
     parts = context * math.lcm(tensor, 2 if context > 1 else 1)  # of a row; two for each of context (context.py)
     if train.seq_len % parts:
@@ -90,3 +103,18 @@ def check_divisible(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:
     ):
         if size % ways:
             raise ConfigError(f"model.{field}={size} is not a multiple of mesh.{axis}={ways}: change either")
+
+
+def pipeline_told(config: RunConfig, mesh: Mesh) -> str:
+    """What a run says of its pipeline; nothing where it has none."""
+    from maxlm.parallel.pipeline import Pipeline, bubble_share
+    from maxlm.parallel.sharding import BATCH
+
+    stages, ways = mesh.shape["stage"], math.prod(mesh.shape[axis] for axis in BATCH) // mesh.shape["stage"]
+    if stages == 1:
+        return ""
+    pipeline = Pipeline(config.compute.pipeline_microbatches, config.compute.pipeline_repeats)
+    count = pipeline.count(config.train.global_batch_size // config.train.grad_accumulation, ways)
+    idle = bubble_share(stages, count, pipeline.repeats)
+    parts = f" of {pipeline.repeats} parts each" if pipeline.repeats > 1 else ""
+    return f"; pipeline: {stages} stages{parts}, {count} microbatches, {idle:.1%} of a step idle"

@@ -3,14 +3,14 @@
 Fully sharded data parallelism (ZeRO-3, arXiv:1910.02054) is the difference between the two: a weight is stored
 split over `fsdp` (and `expert` and `context`) and used gathered. The gather is the `reshard` in `use`, made on the cast
 weight, so that it moves bfloat16; its transpose scatters the gradient. Tensor parallelism (Megatron, arXiv:1909.08053)
-is in both layouts, and so is expert parallelism for the experts' own weights.
+is in both layouts, and so is expert parallelism for the experts' own weights. Pipeline parallelism (pipeline.py) splits
+the dim that stacks the layers, and the batch wherever it is not in the pipeline.
 
-Activations have two layouts as well. Rows are split over `data`, `fsdp` and `expert`, and the tokens of a row over
-`context` (context.py). Where `tensor` splits heads or hidden units, each of its devices has all of these tokens;
-between sublayers, on the residual stream, where it would split nothing, it splits the tokens once more ('stream';
-Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2). A product gathers what comes from the stream
-(`whole_length`) and scatters what it adds to it, so that norms, residuals and what is kept for the backward pass are
-split over all devices.
+Activations have two layouts as well. Rows are split over BATCH, and the tokens of a row over `context` (context.py).
+Where `tensor` splits heads or hidden units, each of its devices has all of these tokens; between sublayers, on the
+residual stream, where it would split nothing, it splits the tokens once more ('stream'; Korthikanti et al. 2022,
+arXiv:2205.05198, section 4.2.2). A product gathers what comes from the stream (`whole_length`) and scatters what it
+adds to it, so that norms, residuals and what is kept for the backward pass are split over all devices.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-BATCH = ("data", "fsdp", "expert")  # the axes that split the rows of a batch
+# The axes that split the rows of a batch; inside the pipeline, those behind `stage`.
+BATCH = ("stage", "data", "fsdp", "expert")
 TOKENS = (*BATCH, "context")  # the axes that split its tokens
 STREAM = ("context", "tensor")  # the axes that split a row's tokens on the residual stream
 # The axes that split what every token multiplies; an expert's weights have `expert` apart. `context` is one of them:
 # its devices would otherwise hold equal copies, and a sum of gradients that is left scattered moves no more.
 SHARD = ("fsdp", "expert", "context")
-STORAGE = {"embed": SHARD, "expert_embed": ("fsdp", "context"), "experts": "expert", "vocab": "tensor",
-           "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
+REPLICAS = ("stage", "data")  # the axes of TOKENS that do not
+STORAGE = {"layers": "stage", "embed": SHARD, "expert_embed": ("fsdp", "context"), "experts": "expert",
+           "vocab": "tensor", "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
 COMPUTE = {**STORAGE, "embed": None, "expert_embed": None}
 ACTIVATION = {"batch": BATCH, "length": "context", "stream": STREAM, "kv_heads": "tensor", "heads": "tensor",
               "mlp": "tensor"}
@@ -40,9 +42,28 @@ Dims = tuple[str | None, ...]
 
 
 def spec(dims: Dims, rules: dict[str, Any], ndim: int | None = None) -> P:
-    """The PartitionSpec of logical `dims`; a stacked array has leading dims beyond them, which stay whole."""
+    """The PartitionSpec of logical `dims`; a stacked array has leading dims beyond them, which stay whole. Axes that a
+    `shard_map` around has made its own are left out."""
     leading = () if ndim is None else (None,) * (ndim - len(dims))
-    return P(*leading, *(rules.get(dim) for dim in dims))
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return P(*leading, *(_without(manual, rules.get(dim)) for dim in dims))
+
+
+def _without(manual: tuple[str, ...], axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    if isinstance(axes, tuple):
+        return tuple(axis for axis in axes if axis not in manual)
+    return None if axes in manual else axes
+
+
+def split_over(rows: jax.Array) -> tuple[str, ...]:
+    """Inside a `shard_map`: the axes of TOKENS over which rows of it are split; without `stage` inside the pipeline."""
+    return tuple(axis for axis in TOKENS if axis in jax.typeof(rows).manual_axis_type.varying)
+
+
+def free_axes() -> frozenset[str]:
+    """The axes that a `shard_map` here can make its own; without `stage` inside the pipeline."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
 
 
 def has_mesh() -> bool:
@@ -76,7 +97,7 @@ def whole_length(x: jax.Array) -> jax.Array:
     """x [B, T, ...] of the residual stream with all tokens of a `context` part on each device of `tensor`."""
     if not has_mesh():
         return x
-    return jax.sharding.reshard(x, P(BATCH, "context", *jax.typeof(x).sharding.spec[2:]))
+    return jax.sharding.reshard(x, P(*spec(("batch", "length"), ACTIVATION), *jax.typeof(x).sharding.spec[2:]))
 
 
 def gathered_tokens(x_BTD: jax.Array) -> jax.Array:
@@ -99,10 +120,17 @@ def stored(tree: Any, mesh: Mesh) -> Any:
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, nnx.Param):
-            return jax.tree.map(lambda a: NamedSharding(mesh, spec(leaf.dims, STORAGE, a.ndim)), leaf)
+            return jax.tree.map(lambda a: NamedSharding(mesh, _stored(leaf, a.ndim, mesh)), leaf)
         return NamedSharding(mesh, P())
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+
+def _stored(param: nnx.Param, ndim: int, mesh: Mesh) -> P:
+    dims = param.dims
+    if ndim > len(dims) and param.get_metadata("staged", False) and mesh.shape[STORAGE["layers"]] > 1:
+        dims = ("layers", *dims)
+    return spec(dims, STORAGE, ndim)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

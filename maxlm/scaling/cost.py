@@ -72,11 +72,11 @@ def memory_bytes(config: RunConfig, *, reference_attention: bool) -> float:
     for the backward pass, and one chunk of logits. `reference_attention` keeps its weights whole, [B, H, T, T]."""
     mesh, train = config.mesh, config.train
     fsdp = 1 if mesh.fsdp == "rest" else mesh.fsdp
-    rows = train.global_batch_size / train.grad_accumulation / (mesh.data * fsdp)
+    rows = train.global_batch_size / train.grad_accumulation / (mesh.data * mesh.stage * fsdp)
     tokens = rows * train.seq_len
     layers = config.model.num_layers * _layer_values(config, reference_attention) * tokens / mesh.tensor
     logits = min(tokens * config.model.vocab_size * 4, LOGITS_BYTES) * LOGITS_COPIES
-    return _state_bytes(config) / (fsdp * mesh.tensor) + layers * BYTES[config.precision.recipe] + logits
+    return _state_bytes(config) / (mesh.stage * fsdp * mesh.tensor) + layers * BYTES[config.precision.recipe] + logits
 
 
 def _state_bytes(config: RunConfig) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ def seal(analysis: Analysis, path: Path, out: Path, target: Mapping[str, float],
         "verdict": analysis.verdict, "params": {name: row["value"] for name, row in analysis.table.items()},
         "n": len(analysis.runs), "options": dict(options),
         "config": None if config is None else to_dict(config),
-        "data": {"path": str(path.absolute()), "copy": COPY + path.suffix, "sha256": analysis.runs.sha256},
+        "data": {"path": os.path.relpath(path, out), "copy": COPY + path.suffix, "sha256": analysis.runs.sha256},
         "code": {"version": __version__, "sha256": code_digest()},
         "sealed_at": time.time(),
     }
@@ -105,7 +106,7 @@ def opened(out: Path, known_seal: str | None, *, other_code: bool) -> dict[str, 
                         f"seal is {str(sealed)[:16]}")
     if known_seal is not None and known_seal != sealed:
         raise SealError(f"{path} was sealed anew: its seal is {sealed}, not {known_seal}")
-    for where in (out / data["copy"], Path(data["path"])):
+    for where in (out / data["copy"], out / data["path"]):
         if where.exists() and hashlib.sha256(where.read_bytes()).hexdigest() != data["sha256"]:
             raise SealError(f"{where} was edited after the forecast was sealed: restore it, or move it away")
     if not (out / data["copy"]).exists():

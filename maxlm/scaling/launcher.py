@@ -1,9 +1,9 @@
 """Runs the trials of a sweep as processes of `maxlm train`, and keeps an account of them.
 
-A `Launcher` takes the folder of a sweep and brings each trial to an end. The local one starts N at a time on this
-machine's devices. It keeps no state of its own: what a run directory says is what happened, so after kill -9 the same
-command goes on. Its runs die with it (SIGTERM from the kernel: they save and stop) and hold the folder's lock until
-they have stopped.
+A launcher takes the folder of a sweep and brings each trial to an end. This one starts N at a time on this machine's
+devices; those of clusters are in remote.py. It keeps no state of its own: what a run directory says is what happened,
+so after kill -9 the same command goes on. Its runs die with it (SIGTERM from the kernel: they save and stop) and hold
+the folder's lock until they have stopped.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from maxlm.config.packing import on_one_device, packing_difference
 from maxlm.scaling.cost import Device, devices_of
@@ -31,13 +31,7 @@ RETRIES, RESTARTS = 2, 20  # of a crash, and where the run itself asks to be sta
 LOOK_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 
-WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
-
-
-class Launcher(Protocol):
-    """Brings the trials of a folder to their end, or to where it was asked to stop."""
-
-    def run(self, folder: SweepFolder) -> dict[str, Job]: ...
+WAITING, QUEUED, RUNNING, DONE, FAILED, STOPPED = "waiting", "queued", "running", "done", "failed", "stopped"
 
 
 @dataclass
@@ -61,6 +55,7 @@ class LocalLauncher:
 
     def __init__(self, device: Device, count: int, jobs: int | None, packed: int = 1):
         self.device, self.count, self.packed = device, count, packed
+        self.where = f"{count} x {device.kind}"
         self.jobs = jobs or count
         if device.platform == "tpu" and self.jobs > 1:  # a process takes all of a host's chips
             self.jobs = 1
@@ -69,6 +64,14 @@ class LocalLauncher:
     def share(self) -> int:
         """Runs that use one device at a time."""
         return -(-self.jobs // self.count)
+
+    def placed(self, trial: Trial) -> Trial:
+        """`trial` as it is run; it sees itself whether its mesh fits."""
+        return trial
+
+    def render(self, folder: SweepFolder, trials: Sequence[Trial]) -> str:
+        """What is submitted: nothing."""
+        return ""
 
     def run(self, folder: SweepFolder) -> dict[str, Job]:
         jobs = {trial.name: Job(trial) for trial in folder.sweep.trials}
@@ -176,17 +179,17 @@ class LocalLauncher:
         elif self._stopping:
             job.state = STOPPED
         elif code in (MISTAKE, UNSAFE):
-            job.state, job.reason = FAILED, _last_line(log)
+            job.state, job.reason = FAILED, last_line(log)
         elif code in (0, RESTART):  # it was preempted, or asks for it
             job.state = WAITING if job.starts <= RESTARTS else FAILED
-            job.reason = f"started {job.starts} times without an end: {_last_line(log)}"
+            job.reason = f"started {job.starts} times without an end: {last_line(log)}"
         else:
             job.crashes += 1
             job.state = WAITING if job.crashes <= RETRIES else FAILED
-            job.reason = f"ended with exit code {code}, {job.crashes} times: {_last_line(log)}"
+            job.reason = f"ended with exit code {code}, {job.crashes} times: {last_line(log)}"
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("maxlm: ") if lines else "it said nothing"
 

@@ -82,7 +82,7 @@ class SweepFolder:
             begun = self.run_dir(trial) / "config.json"
             if not begun.exists():
                 continue
-            saved, now = load_config(begun), self._config(trial)
+            saved, now = load_config(begun), self.config(trial)
             changed = training_difference(saved, now)
             if self.is_done(trial) and saved.train.num_steps != now.train.num_steps:
                 changed.append(f"train.num_steps: {saved.train.num_steps} -> {now.train.num_steps}")
@@ -92,9 +92,9 @@ class SweepFolder:
     def write_configs(self) -> None:
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         for trial in self.sweep.trials:
-            _replace(self.config_file(trial), json.dumps(to_dict(self._config(trial)), indent=2) + "\n")
+            _replace(self.config_file(trial), json.dumps(to_dict(self.config(trial)), indent=2) + "\n")
 
-    def _config(self, trial: Trial) -> RunConfig:
+    def config(self, trial: Trial) -> RunConfig:
         """The trial's config as it is run: a corpus named by `data.source` is that of OUT/data."""
         config = trial.config
         if not config.data.source:
@@ -165,7 +165,7 @@ class SweepFolder:
         """What the run had to read and what it cost; null where nothing says so."""
         rows = metrics(self.run_dir(trial))
         step_seconds = [row["step_seconds"] for row in rows if row.get("step_seconds")]
-        manifests = [_json(folder / "manifest.json") for folder in _folders(self._config(trial))]
+        manifests = [_json(folder / "manifest.json") for folder in _folders(self.config(trial))]
         there = sum(manifest["train"]["tokens"] for manifest in manifests if manifest)
         return {
             "unique_tokens": min(there, rows[-1]["tokens"]) if there else None,

@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maxlm.schema import require
+from maxlm.submit import gke, job, slurm
 
 if TYPE_CHECKING:
     from maxlm.scaling.cost import Cost
     from maxlm.scaling.grid import Sweep
+    from maxlm.scaling.launcher import LocalLauncher
+    from maxlm.scaling.remote import Remote
 
 LAUNCHERS = ("local", "slurm", "gke")
+CLUSTERS = ("topology", "image", "setup", "retries")  # options of slurm and gke, of slurm, of gke
+SLURM = ("partition", "account", "time", "sbatch", "mount")
+GKE = ("queue", "priority", "namespace", "claim", "node_selector")
+NOT_FOR = {"local": (*CLUSTERS, *SLURM, *GKE), "slurm": GKE, "gke": (*SLURM, "jobs")}
 MISTAKE, UNSAFE = 2, 3
 
 
@@ -24,40 +31,40 @@ def add_options(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument("--out", required=True, type=Path, help="folder for the runs, runs.jsonl and curves.jsonl")
     sweep.add_argument("--dry-run", action="store_true", help="print every run and what it costs, and start none")
     sweep.add_argument("--launcher", choices=LAUNCHERS, default="local", help="where the runs run (default: local)")
-    sweep.add_argument("--jobs", type=int, metavar="N", help="processes at a time (default: one a device)")
+    sweep.add_argument("--jobs", type=int, metavar="N",
+                       help="runs at a time (default: one a device; slurm: as there is room; gke: Kueue's quota)")
     sweep.add_argument("--packed", type=int, metavar="N", default=1,
                        help="up to N runs that differ in seed and learning rate alone are one program (default: 1)")
     sweep.add_argument("--chip", help="with --dry-run: plan for this chip, such as 'NVIDIA H200'")
+    job.add_place_options(sweep.add_argument_group("slurm and gke", "OUT is where this machine and the cluster see the "
+                                                   "same storage").add_argument)
+    slurm.add_options(sweep.add_argument_group("slurm", "One job array; docs/SUBMIT.md").add_argument)
+    gke.add_options(sweep.add_argument_group("gke", "A JobSet for each run; docs/SUBMIT.md").add_argument)
 
 
 def sweep(arguments: argparse.Namespace) -> int:
     """Raises ConfigError for a user's mistake, before anything is spent. Returns the exit code."""
     from maxlm.scaling.cost import cost, too_large
-    from maxlm.scaling.devices import device_called, devices_here
     from maxlm.scaling.grid import load_sweep
-    from maxlm.scaling.launcher import LocalLauncher
     from maxlm.scaling.sweep import SweepFolder, check_branches
 
-    require(arguments.launcher == "local", f"--launcher {arguments.launcher} is not built yet: use --launcher local "
-                                           "where the devices are")
-    require(arguments.jobs is None or arguments.jobs > 0, f"--jobs {arguments.jobs} must be 1 or more")
-    require(arguments.packed > 0, f"--packed {arguments.packed} must be 1 or more")
-    require(arguments.chip is None or arguments.dry_run, "--chip is for --dry-run: runs use the devices that are here")
+    _check(arguments)
     planned = load_sweep(arguments.sweep)
     check_branches(planned)
     folder = SweepFolder(arguments.out, planned)
     with contextlib.nullcontext() if arguments.dry_run else folder:  # runs of a killed start have left the devices then
-        device, count = (device_called(arguments.chip), 1) if arguments.chip else devices_here()
-        launcher = LocalLauncher(device, count, arguments.jobs, arguments.packed)
-        costs = {trial.name: cost(trial, planned, device) for trial in planned.trials}
+        launcher = _launcher(arguments, len(planned.trials))
+        costs = {trial.name: cost(launcher.placed(trial), planned, launcher.device) for trial in planned.trials}
         folder.check()
         if arguments.dry_run:
-            print(plan(planned, costs, launcher.jobs, f"{count} x {device.kind}", folder))
-        refused = too_large(costs, device, launcher.share * arguments.packed)
+            print(plan(planned, costs, launcher.jobs, launcher.where, folder))
+        refused = too_large(costs, launcher.device, launcher.share * arguments.packed)
         more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""
         require(not refused, f"{'; '.join(refused[:5])}{more}: lower train.global_batch_size, raise "
                              "train.grad_accumulation, set remat.policy, or lower --jobs or --packed")
         if arguments.dry_run:
+            left = [trial for trial in planned.trials if not folder.is_done(trial)]
+            print(launcher.render(folder, left) if left else "", end="")
             return 0
         for path, words in folder.corpora().items():
             print(f"preparing {path.name}", file=sys.stderr, flush=True)
@@ -66,6 +73,35 @@ def sweep(arguments: argparse.Namespace) -> int:
         jobs = launcher.run(folder)
         rows = folder.collect()
     return _verdict(jobs, rows, arguments.out)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    require(arguments.jobs is None or arguments.jobs > 0, f"--jobs {arguments.jobs} must be 1 or more")
+    require(arguments.packed > 0, f"--packed {arguments.packed} must be 1 or more")
+    require(arguments.chip is None or arguments.dry_run, "--chip is for --dry-run: runs use the devices that are here")
+    for name in NOT_FOR[arguments.launcher]:
+        require(getattr(arguments, name) in (None, [], job.RETRIES),
+                f"--{name.replace('_', '-')} is not for --launcher {arguments.launcher}: leave it out")
+    if arguments.launcher != "local":
+        require(arguments.chip is None, f"--chip is for --launcher local: --topology names {arguments.launcher}'s chip")
+        require(arguments.packed == 1, f"--packed is for --launcher local: {arguments.launcher} starts each run alone")
+
+
+def _launcher(arguments: argparse.Namespace, runs: int) -> LocalLauncher | Remote:
+    from maxlm.scaling.devices import device_called, devices_here
+    from maxlm.scaling.launcher import LocalLauncher
+    from maxlm.scaling.remote import GkeLauncher, SlurmLauncher
+
+    if arguments.launcher == "slurm":
+        topology = job.topology_of(arguments, slurm.PLATFORMS)
+        return SlurmLauncher(topology, arguments.retries, slurm.cluster(arguments), arguments.jobs, runs)
+    if arguments.launcher == "gke":
+        topology = job.topology_of(arguments, gke.PLATFORMS)
+        cluster = gke.cluster(arguments)
+        gke.check_kept(str(arguments.out.absolute()), cluster)
+        return GkeLauncher(topology, arguments.retries, cluster, runs)
+    device, count = (device_called(arguments.chip), 1) if arguments.chip else devices_here()
+    return LocalLauncher(device, count, arguments.jobs, arguments.packed)
 
 
 def plan(planned: Sweep, costs: dict[str, Cost], jobs: int, where: str, folder) -> str:
@@ -100,8 +136,10 @@ def _prepare(words: list[str]) -> None:
 
 def _verdict(jobs: dict, rows: int, out: Path) -> int:
     failed = [job for job in jobs.values() if job.state == "failed"]
-    left = sum(job.state == "stopped" for job in jobs.values())
-    print(f"{rows} results in {out / 'runs.jsonl'}" + (f"; {left} runs left, the same command goes on" if left else ""))
+    counts = {state: sum(job.state == state for job in jobs.values())
+              for state in ("running", "queued", "waiting", "stopped")}
+    left = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    print(f"{rows} results in {out / 'runs.jsonl'}" + (f"; {left}: the same command goes on" if left else ""))
     trunks = {job.trial.branch_of for job in jobs.values()}
     lost = sum(job.state == "done" and name not in trunks for name, job in jobs.items()) - rows
     if lost:

@@ -42,7 +42,7 @@ class Table:
         if self._live:
             return
         done = sum(other.state == "done" for other in self.jobs.values())
-        said = f": {job.reason}" if job.reason and job.state in ("failed", "waiting") else ""
+        said = f": {job.reason}" if job.reason and job.state in ("failed", "waiting", "queued") else ""
         again = f" (start {job.starts})" if job.starts > 1 and job.state == "running" else ""
         loss = self._progress(job)[2] if job.state == "done" else ""
         print(f"[{done}/{len(self.jobs)}] {job.trial.name} {job.state}{again}{f', loss {loss}' if loss else ''}{said}",
@@ -58,7 +58,7 @@ class Table:
         from rich.table import Table as Drawn
 
         drawn = Drawn("run", "state", "step", "tokens", "loss", "note")
-        order = {"running": 0, "failed": 1, "waiting": 2, "stopped": 3, "done": 4}
+        order = {"running": 0, "failed": 1, "queued": 2, "waiting": 3, "stopped": 4, "done": 5}
         jobs = sorted(self.jobs.values(), key=lambda job: order[job.state])
         for job in jobs[:MOST_ROWS]:
             drawn.add_row(job.trial.name, job.state, *self._progress(job), job.reason if job.state == "failed" else "")

@@ -37,7 +37,7 @@ def measure(config: RunConfig, *, steps: int = 20, warmup: int = 3, documents: i
     experts.
     """
     mesh = make_mesh(config.mesh)
-    check_divisible(mesh, config.model, config.train)
+    check_divisible(mesh, config)
     with jax.set_mesh(mesh):
         clock = time.perf_counter()
         step = compile_step(config, mesh)

@@ -28,6 +28,7 @@ from maxlm.checkpoint import named_leaves
 from maxlm.config import AXES, RunConfig
 from maxlm.hardware import compiler_options
 from maxlm.parallel.context import balanced_order
+from maxlm.parallel.memory import on_device
 from maxlm.parallel.sharding import BATCH
 from maxlm.resilience import RunStopped
 from maxlm.training.digest import array_digest, row_digests
@@ -106,7 +107,7 @@ class CorruptionCheck:
 
 def _stored_digests(state: TrainState) -> jax.Array:
     """The digest of what each device holds, uint32 [data, devices of a replica, 2]."""
-    leaves = named_leaves((state.params, state.opt_state))
+    leaves = named_leaves((state.params, on_device(state.opt_state)))
 
     def local(*shards: jax.Array) -> jax.Array:
         total = sum((array_digest(shard, name) for name, shard in zip(leaves, shards, strict=True)), jnp.uint32(0))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.checkpoint import named_leaves
+from maxlm.parallel.memory import on_device
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes an element
 
@@ -27,7 +28,7 @@ def tree_digest(tree: Any) -> jax.Array:
     Raises TypeError for elements of 8 bytes.
     """
     total = jnp.zeros(2, jnp.uint32)
-    for name, leaf in named_leaves(tree).items():
+    for name, leaf in named_leaves(on_device(tree)).items():
         total += array_digest(leaf, name)
     return total
 

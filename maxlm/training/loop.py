@@ -26,7 +26,7 @@ from maxlm.config import RunConfig, training_difference
 from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData, TrainingData
 from maxlm.parallel.distributed import check_identical, together
-from maxlm.parallel.mesh import check_divisible, make_mesh
+from maxlm.parallel.mesh import check_divisible, make_mesh, pipeline_told
 from maxlm.resilience import Goodput, HostTimes, RunLock, Spike, StopRequest, Watchdog
 from maxlm.resilience.preemption import PREEMPTED_UNSAVED
 from maxlm.schema import ConfigError, from_dict, to_dict
@@ -71,14 +71,14 @@ def train(config: RunConfig, run_dir: Path, *, devices: list[jax.Device] | None 
     with contextlib.ExitStack() as held:
         with together("setting up"):
             mesh = make_mesh(config.mesh, devices)
-            check_divisible(mesh, config.model, config.train)
-            _, kernels = kernels_of(config, mesh.devices.flat[0])
+            check_divisible(mesh, config)
+            told = kernels_of(config, mesh.devices.flat[0])[1] + pipeline_told(config, mesh)
             held.enter_context(RunLock(run_dir, process_index=jax.process_index()))
             if leader:  # prepares data.source on first use; the others wait here, and then find it prepared
                 datasets_of(config.data, config.train.seq_len, run_dir / DATA)
         held.enter_context(jax.set_mesh(mesh))
         say = _print if leader else lambda text: None
-        say(kernels)
+        say(told)
         if mesh.devices.flat[0].platform == "gpu":
             say("a GPU adds in no fixed order: a resumed run ends alike up to rounding, not bit for bit")
         with together("opening the data"):

@@ -21,7 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from maxlm.checkpoint import CheckpointError, complete_steps, read_meta, restore_state
-from maxlm.config import RunConfig
+from maxlm.config import AXES, RunConfig
 from maxlm.data.folders import datasets_of
 from maxlm.data.loader import TrainingData
 from maxlm.data.manifest import load_manifest
@@ -202,5 +202,5 @@ def _on_mesh(config: RunConfig, sizes: dict[str, int]) -> tuple[RunConfig, Mesh]
     if count > here:
         raise ConfigError(f"the step was made on {count} devices ({sizes}), and here are {here}: replay it where there "
                           "are as many")
-    mesh = dataclasses.replace(config.mesh, **{"data": 1, "fsdp": 1, "tensor": 1} | sizes)
+    mesh = dataclasses.replace(config.mesh, **dict.fromkeys(AXES, 1) | sizes)
     return dataclasses.replace(config, mesh=mesh), make_mesh(mesh, jax.devices()[:count])

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maxlm.checkpoint import read_meta, require_step, restore_state
-from maxlm.config import DatasetConfig, RunConfig
+from maxlm.config import DatasetConfig, MeshConfig, RunConfig
 from maxlm.data.folders import datasets_of
 from maxlm.data.loader import HeldoutData
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -48,8 +48,8 @@ def evaluate(run_dir: Path, step: int | None, data: str | None, batches: int) ->
     try:
         mesh = make_mesh(config.mesh)
     except ConfigError:
-        mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp="rest", tensor=1))
-    check_divisible(mesh, config.model, config.train)
+        mesh = make_mesh(dataclasses.replace(config.mesh, data=1, stage=1, fsdp="rest", tensor=1))
+    check_divisible(mesh, config)
     folders = (DatasetConfig(data),) if data else datasets_of(config.data, config.train.seq_len, run_dir / DATA)
     size = config.train.global_batch_size
     heldout = HeldoutData(folders, seq_len=config.train.seq_len, global_batch_size=size)
@@ -83,7 +83,7 @@ def tokenizer_of(run_dir: Path) -> Tokenizer:
 def generate(run_dir: Path, step: int | None, prompt: str, **options: Any) -> str:
     """`prompt` and its continuation by a checkpoint, restored onto one device."""
     config, step = load_config_of(run_dir, step)
-    mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, expert=1, tensor=1), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     return continue_text(_restored_params(config, run_dir, step, mesh), run_dir, prompt, **options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ from maxlm.model import Transformer, make_transformer
 from maxlm.model.block import Kernels
 from maxlm.model.parametrization import multipliers
 from maxlm.numerics import Fp8, numerics_of
+from maxlm.parallel.memory import has_host_memory, on_host
+from maxlm.parallel.pipeline import Pipeline
 from maxlm.parallel.sharding import stored
 from maxlm.schema import ConfigError
 from maxlm.training.optimizer import make_optimizer
@@ -35,11 +37,14 @@ class TrainState:
 
 def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
     """(kernels, why, in a line): those of a run on devices like `device`, which need not be attached."""
-    model, compute, numerics = config.model, config.compute, numerics_of(config.precision)
+    model, compute, numerics = config.model, config.compute, numerics_of(config.precision, device.platform)
     where = {"platform": device.platform, "compute_dtype": numerics.dtype.name,
              "compute_capability": getattr(device, "compute_capability", None)}
     attention, reason = choose_attention(compute.attention, head_dim=model.head_dim, seq_len=config.train.seq_len,
                                          softcap=model.attention_softcap, deterministic=compute.deterministic, **where)
+    if (compute.offload_optimizer or config.remat.policy.endswith("offload")) and not has_host_memory(device):
+        raise ConfigError(f"{device.device_kind} cannot read its host's memory: set compute.offload_optimizer=false, "
+                          f"remat.policy={config.remat.policy.removesuffix('_offload')!r}")
     across = "ring"
     if config.mesh.context > 1:
         across, attention, reason = choose_across(
@@ -74,8 +79,9 @@ def _fp8_units(config: RunConfig, device: jax.Device) -> str:
 def build_model(config: RunConfig, key: jax.Array, device: jax.Device) -> Transformer:
     """The model of a run with the kernels and dtype for devices like `device`."""
     return make_transformer(
-        config.model, key, kernels=kernels_of(config, device)[0], numerics=numerics_of(config.precision),
-        remat=config.remat.policy, unroll=config.compute.layer_unroll,
+        config.model, key, kernels=kernels_of(config, device)[0], remat=config.remat.policy,
+        numerics=numerics_of(config.precision, device.platform), unroll=config.compute.layer_unroll,
+        pipeline=Pipeline(config.compute.pipeline_microbatches, config.compute.pipeline_repeats),
     )
 
 
@@ -88,14 +94,20 @@ def optimizer_of(config: RunConfig, peak: jax.Array | None = None) -> optax.Grad
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """The state's shapes, dtypes and storage shardings, with nothing allocated."""
     shapes = jax.eval_shape(lambda: _fresh(config, mesh))
-    shardings = stored(shapes, mesh)
+    shardings = _placement(config, shapes, mesh)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
 
 def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """A fresh state from `train.seed`, made in place on its devices: the same bits on any mesh."""
     shapes = jax.eval_shape(lambda: _fresh(config, mesh))
-    return jax.jit(lambda: _fresh(config, mesh), out_shardings=stored(shapes, mesh))()
+    return jax.jit(lambda: _fresh(config, mesh), out_shardings=_placement(config, shapes, mesh))()
+
+
+def _placement(config: RunConfig, shapes: TrainState, mesh: Mesh) -> TrainState:
+    """The sharding of each array of the state."""
+    shardings = stored(shapes, mesh)
+    return replace(shardings, opt_state=on_host(shardings.opt_state)) if config.compute.offload_optimizer else shardings
 
 
 def _fresh(config: RunConfig, mesh: Mesh) -> TrainState:

@@ -16,6 +16,7 @@ from maxlm.config import RunConfig
 from maxlm.hardware import compiler_options
 from maxlm.model.moe.balance import balanced
 from maxlm.model.moe.load import Load
+from maxlm.parallel.memory import on_device
 from maxlm.parallel.sharding import ACTIVATION, batch_sharding, has_mesh, spec
 from maxlm.training.digest import tree_digest
 from maxlm.training.loss import Batch, real_tokens, router_loss, summed_loss, token_count
@@ -66,10 +67,11 @@ def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTran
         (loss, load), grads = _accumulate(gradient, state.params, batch, key, microbatches)
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    before = (state.params, on_device(state.opt_state, after=good))
+    updates, opt_state = optimizer.update(grads, before[1], state.params)
     params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(
-        lambda new, old: jax.lax.select(good, new, old), (params, opt_state), (state.params, state.opt_state)
+        lambda new, old: jax.lax.select(good, new, old), (params, opt_state), before
     )
     if load is not None:
         params = balanced(params, load.chosen_E, good)
@@ -115,6 +117,11 @@ def compile_step(config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
 
     Call it with (state, batch); arrays have the shardings of `abstract_state` and `batch_sharding`.
     """
+    return lower_step(config, mesh).compile()
+
+
+def lower_step(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The run's step, traced and partitioned for `mesh` (which must be installed), not compiled yet."""
     platform = mesh.devices.flat[0].platform
     step = functools.partial(
         train_step,
@@ -133,7 +140,7 @@ def compile_step(config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
         out_shardings=(shardings, NamedSharding(mesh, P())),
         compiler_options=compiler_options(platform, deterministic=config.compute.deterministic),
     )
-    return jitted.lower(state, abstract_batch(config, mesh)).compile()
+    return jitted.lower(state, abstract_batch(config, mesh))
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:

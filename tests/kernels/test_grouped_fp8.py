@@ -43,8 +43,8 @@ def test_products_of_8_bit_values_are_exact_to_rounding(sizes, implementation):
     draw = lambda dtype, *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     a, g = draw(jnp.float8_e4m3fn, R, D), draw(jnp.float8_e5m2, R, F)
     b = draw(jnp.float8_e4m3fn, E, F, D)
-    y = grouped_product_8bit(a, b, jnp.asarray(sizes, jnp.int32), implementation)
-    dw = grouped_weights_8bit(a.T, g.T, jnp.asarray(sizes, jnp.int32), implementation)
+    y = grouped_product_8bit(((a, b),), jnp.asarray(sizes, jnp.int32), jnp.ones(E), implementation)
+    dw = grouped_weights_8bit(a.T, g.T, jnp.asarray(sizes, jnp.int32), jnp.float32(1), implementation)
     wanted_y, _, wanted_dw = exact(a, np.swapaxes(np.asarray(b, np.float64), 1, 2), g, group)
     assert y.dtype == jnp.bfloat16 and relative_error(y, wanted_y) < 2.0**-8
     assert dw.dtype == jnp.float32 and relative_error(dw, wanted_dw) < 1e-5

@@ -70,7 +70,9 @@ def test_any_processes_and_devices_train_alike(config, tmp_path, optimizer):
     assert tree_digest(again / "checkpoints") == tree_digest(whole / "checkpoints")
 
 
-@pytest.mark.parametrize("mesh", [(), ("mesh.data=2", "mesh.fsdp=2")], ids=["fsdp", "data x fsdp"])
+@pytest.mark.parametrize("mesh", [
+    (), ("mesh.data=2", "mesh.fsdp=2"), ("mesh.data=2", "mesh.stage=2", "mesh.fsdp=1", "model.num_layers=2"),
+], ids=["fsdp", "data x fsdp", "data x stage"])
 def test_the_same_devices_in_other_processes_give_the_same_bytes(config, tmp_path, mesh):
     whole = lives(config, tmp_path / "whole", "muon", (2, 2), mesh=mesh)
     elastic = lives(config, tmp_path / "elastic", "muon", (2, 2), (4, 1), mesh=mesh)

@@ -61,6 +61,18 @@ def test_a_port_in_use(config, tmp_path):
     assert "cannot be used on this host (Address already in use): choose another for all" in ended.stderr
 
 
+def test_others_that_never_come_to_a_launched_process(monkeypatch):
+    """Not a mistake of the user's: the scheduler is to start it again."""
+    monkeypatch.setattr(distributed, "LAUNCHED_SECONDS", 0.5)
+    for name, value in (("JAX_COORDINATOR_ADDRESS", f"localhost:{free_port()}"), ("JAX_NUM_PROCESSES", "2"),
+                        ("JOB_COMPLETION_INDEX", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(distributed.PeerError, match="could not be reached for 0.5 s") as raised, \
+            distributed.processes(None, None, None):
+        pass
+    assert raised.value.exit_code == 75
+
+
 def test_others_that_never_come(tmp_path):
     """Process 0 waits no longer than it says, and does not abort with a stack trace."""
     code = ("from maxlm.parallel import distributed as d\nd.INITIALIZE_SECONDS = 1\n"

@@ -58,8 +58,8 @@ def test_rows_are_split_between_processes(config, tmp_path):
 
 @pytest.mark.slow
 def test_same_mesh_same_bytes_whatever_the_processes(config, tmp_path):
-    """Four devices in two processes or in four: gloo sums in the order of devices, so no bit differs. One process sums
-    in XLA's own order, and so do two runs of it."""
+    """Four devices in two processes or in four: gloo sums in the order of devices, so no bit differs, in parameters,
+    losses and evaluations. One process sums in XLA's own order, and so do two runs of it."""
     digests = {}
     for processes, devices in ((2, 2), (4, 1)):
         run = tmp_path / f"{processes}"
@@ -69,6 +69,9 @@ def test_same_mesh_same_bytes_whatever_the_processes(config, tmp_path):
         train(config, again, *SETTINGS, processes=processes, devices=devices)
         assert tree_digest(again / "checkpoints") == digests[processes]
     assert digests[2] == digests[4]
+    two, four = (timeless(tmp_path / name) for name in ("2", "4"))
+    assert two == four and [row["step"] for row in four if "eval_loss" in row] == [3, 6]
+    assert (tmp_path / "4" / "DONE").exists()
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ CASES = {"attention in": ("BTD,DGRK->BTGRK", (4, 16, 32), (32, 2, 3, 8), ("embed
                            ("batch", "stream", None)),
          "mlp": ("BTD,DF->BTF", (4, 16, 32), (32, 64), ("embed", "mlp"), ("batch", "length", "mlp"))}
 RECIPES = [Fp8(jnp.dtype("float32"), "tensor"), Fp8(jnp.dtype("float32"), "row"),
-           Fp8(jnp.dtype("float32"), "tensor", power_of_two=True)]
-NAMES = ["tensor", "row", "power of two"]
+           Fp8(jnp.dtype("float32"), "tensor", power_of_two=True),
+           Fp8(jnp.dtype("float32"), "tensor", scaled_operands=True)]
+NAMES = ["tensor", "row", "power of two", "scaled operands"]
 
 
 def operands(case, seed=0):

@@ -9,6 +9,7 @@ import maxlm.cli
 from maxlm.scaling.command import read_for
 from maxlm.scaling.fit import point_fit
 from maxlm.scaling.laws import find_law
+from maxlm.scaling.mixing import best_shares
 from maxlm.schema import ConfigError
 from tests.scaling.ladders import noisy, write_csv
 
@@ -67,3 +68,39 @@ def test_shares_that_are_none(tmp_path):
     renamed.write_text(text)
     law, _ = read_for("mixture-linear", renamed, "share_web=web", "")
     assert law.inputs == tuple(sorted(NAMES))
+
+
+def test_the_best_mixture_for_several_losses(tmp_path, capsys, monkeypatch):
+    """Against a grid over all mixtures of the true laws."""
+    monkeypatch.setattr(maxlm.cli, "_start_jax", lambda: None)
+    drawn, slopes, weights = shares(60), np.array([[-1.0, 0.5, 0.3], [0.4, -1.2, 0.1]]), np.array([0.6, 0.4])
+    losses = C + np.exp(drawn @ slopes.T)
+    random = np.random.default_rng(1)
+    made = {f"loss_{name}": (losses[:, j] * np.exp(0.002 * random.standard_normal(60))).tolist()
+            for j, name in enumerate(("web", "books"))}
+    path = write_csv(tmp_path / "runs.csv", **{name: drawn[:, i].tolist() for i, name in enumerate(NAMES)}, **made)
+    words = ["mix", str(path), "--out", str(tmp_path / "out"), "--bootstrap", "200", "--losses"]
+    assert maxlm.cli.main([*words, "loss_web=0.6,loss_books=0.4"]) == 0
+    found = json.loads((tmp_path / "out" / "mixture.json").read_text())
+
+    first, second = np.meshgrid(np.linspace(0, 1, 201), np.linspace(0, 1, 201))
+    grid = np.stack([first, second, 1 - first - second], axis=-1).reshape(-1, 3)
+    grid = grid[grid[:, 2] >= -1e-12]
+    true = np.exp(grid @ slopes.T) @ weights
+    for i, name in enumerate(NAMES):
+        low, high = found["shares"][name]["interval"]
+        assert low - 0.005 <= grid[true.argmin(), i] <= high + 0.005, name
+    assert abs(found["loss"]["value"] - C - true.min()) < 0.002
+
+    for losses, message in (("loss_web", "must read COLUMN=WEIGHT"), ("loss_web=0", "with a weight above 0"),
+                            ("loss_wep=1", "no column 'loss_wep'; did you mean 'loss_web'?")):
+        assert maxlm.cli.main([*words, losses]) == 2 and message in capsys.readouterr().err
+
+
+def test_the_best_mixture_is_where_no_share_can_gain():
+    slopes = np.random.default_rng(0).standard_normal((50, 3, 5))
+    found = best_shares(slopes, np.array([0.5, 0.3, 0.2]))
+    parts = np.array([0.5, 0.3, 0.2]) * np.exp(np.einsum("rjk,rk->rj", slopes, found))
+    gradient = np.einsum("rj,rjk->rk", parts, slopes)
+    assert np.allclose(found.sum(1), 1) and (found >= 0).all()
+    assert (np.einsum("rk,rk->r", gradient, found) - gradient.min(1)).max() < 1e-8

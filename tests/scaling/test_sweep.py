@@ -106,8 +106,6 @@ def test_the_plan_names_every_run_and_refuses_what_cannot_fit(folder):
     (folder / "large.py").write_text(large)
     code, _, error = command(["sweep", folder / "large.py", "--out", folder / "none", "--dry-run", "--chip", "TPU v5e"])
     assert code == 2 and "run large needs about" in error
-    code, _, error = command(["sweep", folder / "sweep.py", "--out", folder / "none", "--launcher", "slurm"])
-    assert code == 2 and "--launcher slurm is not built yet" in error and not (folder / "none").exists()
 
 
 def test_packed_runs_end_like_runs_alone(folder):

@@ -22,10 +22,9 @@ from maxlm.training.step import compile_step
 from tests.training.tiny import furthest, host_batch, leaves, on, placed, tiny_config
 
 DEVICES, STEPS = 8, 10
-BUILT = tuple(axis for axis in AXES if axis != "stage")
 ROUNDING = 1e-4  # of parameters and moments after all steps; float32, weights up to 1
 MODEL = dict(
-    num_layers=2, num_heads=16, num_kv_heads=8, head_dim=4, layer_pattern=["local"], num_experts=8,
+    num_heads=16, num_kv_heads=8, head_dim=4, layer_pattern=["local"], num_experts=8,
     experts_per_token=2, expert_dim=16,
     moe=dict(scores="sigmoid", bias_rate=1e-2, num_groups=4, groups_per_token=2, weight_scale=2.5, shared_experts=1,
              dense_layers=1, balance_loss=1e-2, balance_over="sequence"),
@@ -41,16 +40,13 @@ def factorizations(devices, axes):
             yield dict(zip(axes, sizes, strict=True))
 
 
-def ways(mesh):
-    if mesh["context"] == 1:
-        return ("auto",)
-    exchangeable = MODEL["num_kv_heads"] % (mesh["context"] * mesh["tensor"]) == 0
-    return ("ring", "all_gather", *(("all_to_all",) if exchangeable else ()))
-
-
-TABLE = [(mesh, way) for mesh in factorizations(DEVICES, BUILT) for way in ways(mesh)]
-QUICK = ((dict(data=1, fsdp=2, expert=1, context=2, tensor=2), "ring"),
-         (dict(data=1, fsdp=1, expert=2, context=4, tensor=1), "all_gather"))
+WAYS = ("ring", "all_gather", "all_to_all")  # of attention, in turns where rows are split
+MESHES = list(factorizations(DEVICES, AXES))
+TABLE = [(mesh, WAYS[index % 3] if mesh["context"] > 1 else "auto") for index, mesh in enumerate(MESHES)]
+ALONE = dict.fromkeys(AXES, 1)
+QUICK = [(ALONE | mesh, way) for mesh, way in ((dict(fsdp=2, context=2, tensor=2), "ring"),
+                                               (dict(expert=2, context=4), "all_gather"),
+                                               (dict(stage=2, context=2, tensor=2), "all_to_all"))]
 
 
 def named(case):
@@ -59,8 +55,8 @@ def named(case):
     return pytest.param(mesh, way, id="-".join([*words, way]), marks=() if case in QUICK else pytest.mark.slow)
 
 
-def settings(jitter, mesh=None, way="auto", **sections):
-    model = MODEL | {"moe": MODEL["moe"] | {"jitter": jitter}}
+def settings(layers, jitter, mesh=None, way="auto", **sections):
+    model = MODEL | {"num_layers": layers, "moe": MODEL["moe"] | {"jitter": jitter}}
     return tiny_config(model=model, mesh=mesh or {}, compute=dict(context_attention=way), **sections)
 
 
@@ -84,9 +80,9 @@ def trained(config, devices, start) -> list[Step]:
 
 
 @functools.cache
-def single_device(jitter) -> tuple[list[np.ndarray], list[Step]]:
+def single_device(layers, jitter) -> tuple[list[np.ndarray], list[Step]]:
     """From weights of the size of trained ones, so that tokens differ in their experts."""
-    config = settings(jitter)
+    config = settings(layers, jitter)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         start = leaves(init_state(config, mesh))
@@ -94,13 +90,16 @@ def single_device(jitter) -> tuple[list[np.ndarray], list[Step]]:
     return start, trained(config, 1, start)
 
 
-def away(mesh, way, jitter=JITTER, **sections):
+def away(mesh, way, jitter=None, **sections):
     """How far losses and states (Adam's moments hold all gradients) are from a single device's, at most.
 
     Where a token's experts have scores equal but for rounding it may take another, and from there on the two runs are
     of different models: they are compared up to there, if it is a token or two, in the second half of the steps."""
-    start, expected = single_device(jitter)
-    steps, worst = trained(settings(jitter, mesh, way, **sections), DEVICES, start), 0.0
+    stages = mesh.get("stage", 1)
+    jitter = (JITTER if stages == 1 else 0.0) if jitter is None else jitter  # which each microbatch draws for itself
+    layers = 1 + stages  # a dense one, and a sparse one a stage
+    start, expected = single_device(layers, jitter)
+    steps, worst = trained(settings(layers, jitter, mesh, way, **sections), DEVICES, start), 0.0
     for index, (ours, theirs) in enumerate(zip(steps, expected, strict=True)):
         if 0 < np.abs(ours.chosen - theirs.chosen).sum() <= 4 and index >= STEPS // 2:
             break
@@ -109,11 +108,12 @@ def away(mesh, way, jitter=JITTER, **sections):
 
 
 def test_the_table_has_every_mesh():
-    assert len(list(factorizations(DEVICES, BUILT))) == 35  # 3 factors of 2 fall on 5 axes
-    assert len(TABLE) == 35 + 2 * 15 and all(case in TABLE for case in QUICK)  # context in three ways
+    assert len(TABLE) == 56  # 3 factors of 2 fall on 6 axes
+    assert all(sum(way == used for _, used in TABLE) >= 6 for way in WAYS)
 
 
-@pytest.mark.parametrize(("mesh", "way"), [named(case) for case in TABLE])
+@pytest.mark.parametrize(("mesh", "way"), [named(case) for case in (*QUICK, *TABLE) if case in QUICK or case[0] not in
+                                           [mesh for mesh, _ in QUICK]])
 def test_a_mesh_trains_what_one_device_trains(mesh, way):
     assert away(mesh, way) < ROUNDING
 
@@ -121,7 +121,6 @@ def test_a_mesh_trains_what_one_device_trains(mesh, way):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ring", "all_gather", "all_to_all"])
 def test_microbatches_remat_and_unrolled_layers_do_not_matter(way):
-    """Without jitter, which each microbatch draws for itself."""
     assert away(dict(data=2, fsdp=1, context=2, tensor=2), way, jitter=0.0, train=dict(grad_accumulation=2),
                 remat=dict(policy="names")) < ROUNDING
 

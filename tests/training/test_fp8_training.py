@@ -47,10 +47,8 @@ def test_how_it_is_computed_changes_rounding_alone(how):
 
 @pytest.mark.slow
 def test_experts_are_a_site():
-    """In 8 bits they alone, on a mesh and recomputed, the step is near bf16's, and not with other experts."""
+    """They and nothing else in 8 bits, here and on a mesh, recomputed; tests/model compares closely."""
     plain, fp8 = step("bf16", experts=8), step("fp8", experts=8, sites=("experts",))
     assert 0.01 < apart(fp8, plain) < 0.25
     mesh = (("expert", 2), ("fsdp", 2), ("tensor", 2))
-    elsewhere = step("fp8", experts=8, sites=("experts",), mesh=mesh, remat="names")
-    assert apart(elsewhere, fp8) < 0.25 and apart(elsewhere, step("bf16", experts=8, mesh=mesh)) > 0.01
-    assert apart(step("fp8", experts=8, sites=("experts",), window=2), plain) > 0.4
+    assert 0.01 < apart(step("fp8", experts=8, sites=("experts",), mesh=mesh, remat="names"), plain) < 0.25

@@ -18,6 +18,7 @@ from maxlm.kernels.attention.choose import choose_across, choose_attention
 from maxlm.kernels.attention.gathered import exchanged_attention, gathered_attention
 from maxlm.kernels.attention.reference import reference_attention
 from maxlm.kernels.attention.ring import ring_attention
+from maxlm.parallel.sharding import free_axes
 
 __all__ = ["attention", "choose_across", "choose_attention"]
 
@@ -72,7 +73,7 @@ def attention(
         else:
             local = partial(ring_attention if across == "ring" else gathered_attention, **how)
     return jax.shard_map(
-        local, in_specs=specs, out_specs=qkv,
+        local, in_specs=specs, out_specs=qkv, axis_names=free_axes(),
         check_vma=False,  # the kernels' outputs do not say over which axes they vary
     )(*arguments)
 

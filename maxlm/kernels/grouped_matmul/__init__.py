@@ -19,7 +19,8 @@ from maxlm.parallel.sharding import Dims
 
 __all__ = ["GROUP_MULTIPLE", "ROW_MULTIPLE", "choose_grouped_matmul", "expert_products", "grouped_matmul"]
 
-GROUP_MULTIPLE = {"blocks": BLOCK, "ragged_dot": 1, "mosaic_gpu": 128}  # what each group's rows must be padded to
+# what each group's rows must be padded to
+GROUP_MULTIPLE = {"blocks": BLOCK, "ragged_dot": 1, "mosaic_gpu": 128, "mosaic_tpu": 1}
 ROW_MULTIPLE = 128  # what all rows together must be padded to
 
 
@@ -38,6 +39,10 @@ def grouped_matmul(x_RD: jax.Array, weights: tuple[jax.Array, ...], sizes_E: jax
         from maxlm.kernels.grouped_matmul.mosaic_gpu import mosaic_gpu_matmul  # Pallas is slow to import
 
         return mosaic_gpu_matmul(x_RD, weights, sizes_E)
+    if implementation == "mosaic_tpu":
+        from maxlm.kernels.grouped_matmul.mosaic_tpu import mosaic_tpu_matmul
+
+        return tuple(mosaic_tpu_matmul(x_RD, w_EDF, sizes_E) for w_EDF in weights)
     raise ValueError(f"grouped_matmul implementation {implementation!r} is not one of {sorted(GROUP_MULTIPLE)}")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from maxlm.schema import ConfigError
 
-IN_8_BITS = ("mosaic_gpu",)  # what multiplies 8-bit operands as such
-_FAST = {"tpu": "ragged_dot", "gpu": "mosaic_gpu"}
+IN_8_BITS = ("mosaic_gpu", "mosaic_tpu")  # what multiplies 8-bit operands as such
+_FAST = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
 
 
 def choose_grouped_matmul(
@@ -17,9 +17,9 @@ def choose_grouped_matmul(
     requested: `compute.grouped_matmul` of the config. width, expert_dim: the sizes of an expert's matrices on one
     device. platform, compute_capability: as for `choose_attention`. eight_bit: whether operands are 8-bit floats.
 
-    TPU: `lax.ragged_dot` is a Mosaic kernel there. Hopper: the Mosaic kernels that JAX ships. Elsewhere 'blocks', whose
-    cost is a copy of its matrix for every 64 rows: on CPUs `lax.ragged_dot` multiplies every row with every matrix, and
-    on GPUs it takes 91 ms where torch takes 2 (measured on an H100, docs/MOE.md).
+    TPU: a Mosaic kernel of ours. Hopper: the Mosaic kernels that JAX ships. Elsewhere 'blocks', which takes 64 rows
+    after the other: `lax.ragged_dot` multiplies every row with every matrix on CPUs (and in part on TPUs), and on GPUs
+    it takes 91 ms where torch takes 2 (measured on an H100, docs/MOE.md).
     Raises ConfigError where a kernel asked for by name cannot run.
     """
     wanted = _FAST.get(platform, "blocks") if requested == "auto" else requested
@@ -39,6 +39,8 @@ def _bits(name: str, eight_bit: bool) -> str:
 
 
 def _obstacle(name, platform, width, expert_dim, compute_dtype, compute_capability) -> str | None:
+    if name == "mosaic_tpu" and platform != "tpu":
+        return f"it runs on tpu and this run is on {platform}"
     if name != "mosaic_gpu":
         return None
     if platform != "gpu":

@@ -125,7 +125,10 @@ def grouped_product(pairs: Sequence[tuple[jax.Array, jax.Array]], sizes_E: jax.A
 def grouped_weights(a: jax.Array, b: jax.Array, sizes_E: jax.Array, scale: jax.Array | None = None, *,
                     rows_last: bool, tiles: Tiles | None = None) -> jax.Array:
     """[E, M, N]: of each group the sum over its rows of a's row times b's, times `scale`, a scalar. a: [R, M],
-    b: [R, N], or where `rows_last` [M, R] and [N, R]. An empty group's are zeros. In bfloat16 where they have 8 bits. M and N: multiples of 128."""
+    b: [R, N], or where `rows_last` [M, R] and [N, R]. An empty group's are zeros. In bfloat16 where they have 8 bits.
+
+    sizes_E: as above. M and N: multiples of 128.
+    """
     turn = (lambda shape: shape[::-1]) if rows_last else (lambda shape: shape)
     (R, M), (_, N), E = turn(a.shape), turn(b.shape), sizes_E.size
     tiles = tiles or _weights_tiles(N)
@@ -182,76 +185,95 @@ def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
                                                 plgpu.SwizzleTransform(swizzle)))
 
 
+class _Ring(NamedTuple):
+    """Stages of shared memory; full, empty: barriers with two arrivals a stage, from two copies and two warpgroups."""
+
+    a: Any
+    b: Any
+    full: Any
+    empty: Any
+
+    def stage(self, step: Any) -> Any:
+        return lax.rem(step, self.a.shape[0])
+
+
 def _run(tiles: Tiles, count: Any, work: Callable[[Any], _Work], a_turned: bool, b_turned: bool, a_smem: Any,
          b_smem: Any, out_smem: Any, full: Any, empty: Any) -> None:
-    """Pieces `program`, `program` + MULTIPROCESSORS, ... below `count`. full, empty: two arrivals a stage, from two
-    copies and two warpgroups. a_turned, b_turned: whether an operand lies the other way round than the product."""
-    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    """Pieces `program`, `program` + MULTIPROCESSORS, ... below `count`. a_turned, b_turned: whether an operand lies the
+    other way round than the product."""
+    program, ring = lax.axis_index("program"), _Ring(a_smem, b_smem, full, empty)
     turns = lax.div(count - program + MULTIPROCESSORS - 1, MULTIPROCESSORS)
     piece = lambda i: work(program + i * MULTIPROCESSORS)  # noqa: E731
-    stage = lambda step: lax.rem(step, tiles.stages)  # noqa: E731
+    lax.cond(lax.axis_index("warpgroup") == LOADER, functools.partial(_load, tiles.stages, turns, piece, ring),
+             functools.partial(_multiply, tiles, turns, piece, ring, out_smem, a_turned, b_turned))
 
-    def load() -> None:
-        plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
-        def one_piece(i, step):
-            for part in piece(i).sums:
-                step = lax.fori_loop(0, part.steps, functools.partial(fetch, part), step)
-            return step
+def _load(stages: int, turns: Any, piece: Callable[[Any], _Work], ring: _Ring) -> None:
+    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
-        def fetch(part, k, step):
-            @pl.when(step >= tiles.stages)
-            def _():
-                plgpu.barrier_wait(empty.at[stage(step)])
+    def fetch(part, k, step):
+        here = ring.stage(step)
 
-            plgpu.copy_gmem_to_smem(part.left(k), a_smem.at[stage(step)], full.at[stage(step)])
-            plgpu.copy_gmem_to_smem(part.right(k), b_smem.at[stage(step)], full.at[stage(step)])
-            return step + 1
+        @pl.when(step >= stages)
+        def _():
+            plgpu.barrier_wait(ring.empty.at[here])
 
-        steps = lax.fori_loop(0, turns, one_piece, jnp.int32(0))
+        plgpu.copy_gmem_to_smem(part.left(k), ring.a.at[here], ring.full.at[here])
+        plgpu.copy_gmem_to_smem(part.right(k), ring.b.at[here], ring.full.at[here])
+        return step + 1
 
-        @pl.loop(lax.max(steps - tiles.stages, jnp.int32(0)), steps)
-        def _(step):  # until every stage is free, so that no barrier has an arrival that nobody saw
-            plgpu.barrier_wait(empty.at[stage(step)])
+    def one_piece(i, step):
+        for part in piece(i).sums:
+            step = lax.fori_loop(0, part.steps, functools.partial(fetch, part), step)
+        return step
 
-    def multiply() -> None:
-        plgpu.set_max_registers(MULTIPLIER_REGISTERS, action="increase")
-        rows, columns = _half(tiles, warpgroup)
+    steps = lax.fori_loop(0, turns, one_piece, jnp.int32(0))
 
-        def one_piece(i, step):
-            here = piece(i)
-            steps = here.steps
+    @pl.loop(lax.max(steps - stages, jnp.int32(0)), steps)
+    def _(step):  # until every stage is free, so that no barrier has an arrival that nobody saw
+        plgpu.barrier_wait(ring.empty.at[ring.stage(step)])
 
-            @functools.partial(pl.run_scoped, acc=plgpu.ACC(tiles.half, jnp.float32))
-            def _(acc):
-                def add(k, step):
-                    plgpu.barrier_wait(full.at[stage(step)])
-                    a = a_smem.at[(stage(step), *(((slice(None), rows)) if a_turned else (rows, slice(None))))]
-                    b = b_smem.at[(stage(step), *((columns, slice(None)) if b_turned else (slice(None), columns)))]
-                    plgpu.wgmma(acc, _turned(a, a_turned), _turned(b, b_turned))
-                    plgpu.wgmma_wait(1)
 
-                    @pl.when(k > 0)  # the step before is done with its stage
-                    def _():
-                        plgpu.barrier_arrive(empty.at[stage(step - 1)])
+def _multiply(tiles: Tiles, turns: Any, piece: Callable[[Any], _Work], ring: _Ring, out_smem: Any, a_turned: bool,
+              b_turned: bool) -> None:
+    plgpu.set_max_registers(MULTIPLIER_REGISTERS, action="increase")
+    warpgroup = lax.axis_index("warpgroup")
+    rows, columns = _half(tiles, warpgroup)
+    whole = slice(None)
 
-                    return step + 1
+    def one_piece(i, step):
+        here = piece(i)
+        steps = here.steps
 
-                lax.fori_loop(0, steps, add, step)
-                result = acc[...] if here.scale is None else acc[...] * here.scale()
+        @functools.partial(pl.run_scoped, acc=plgpu.ACC(tiles.half, jnp.float32))
+        def _(acc):
+            def add(k, step):
+                stage = ring.stage(step)
+                plgpu.barrier_wait(ring.full.at[stage])
+                a = ring.a.at[(stage, whole, rows) if a_turned else (stage, rows, whole)]
+                b = ring.b.at[(stage, columns, whole) if b_turned else (stage, whole, columns)]
+                plgpu.wgmma(acc, _turned(a, a_turned), _turned(b, b_turned))
+                plgpu.wgmma_wait(1)
 
-                @pl.when(steps > 0)
+                @pl.when(k > 0)  # the step before is done with its stage
                 def _():
-                    plgpu.barrier_arrive(empty.at[stage(step + steps - 1)])
+                    plgpu.barrier_arrive(ring.empty.at[ring.stage(step - 1)])
 
-                _store(result.astype(out_smem.dtype), out_smem.at[warpgroup], here.out.at[rows, columns])
+                return step + 1
 
-            return step + steps
+            lax.fori_loop(0, steps, add, step)
+            result = acc[...] if here.scale is None else acc[...] * here.scale()
 
-        lax.fori_loop(0, turns, one_piece, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            @pl.when(steps > 0)
+            def _():
+                plgpu.barrier_arrive(ring.empty.at[ring.stage(step + steps - 1)])
 
-    lax.cond(warpgroup == LOADER, load, multiply)
+            _store(result.astype(out_smem.dtype), out_smem.at[warpgroup], here.out.at[rows, columns])
+
+        return step + steps
+
+    lax.fori_loop(0, turns, one_piece, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _store(result: jax.Array, out_smem: Any, out_gmem: Any) -> None:

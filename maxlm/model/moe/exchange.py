@@ -29,6 +29,7 @@ from maxlm.kernels.grouped_matmul import ROW_MULTIPLE
 from maxlm.model.moe.plan import Plan, by_row, collect, grouped_plan, rows_needed, slotted_plan, spread, unplaced
 
 AXIS = "expert"
+KEPT = ("mlp_up", "8bit")  # what experts keep for their backward pass
 
 Serve = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (rows [R, D], weights [R], sizes [L]) -> [R, D]
 
@@ -103,7 +104,10 @@ def ragged_all_to_all(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Arra
 EXCHANGES = {"all_gather": all_gather, "all_to_all": all_to_all, "ragged_all_to_all": ragged_all_to_all}
 
 
+@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*KEPT), static_argnums=2)
 def _served(x_ND, weight_NK, serve, plan):
+    """The backward pass makes rows from tokens again, and hidden units from gate and up: together they would be as much
+    memory as the rest of a layer, and both are a pass over what is there (docs/MOE.md)."""
     return collect(serve(spread(x_ND, plan), by_row(weight_NK, plan), plan.sizes_E), plan)
 
 

@@ -28,14 +28,13 @@ from maxlm.numerics import Fp8, Numerics
 from maxlm.parallel.context import balanced_order
 from maxlm.parallel.sharding import (
     ACTIVATION,
-    BATCH,
     COMPUTE,
     STORAGE,
-    STREAM,
-    TOKENS,
+    free_axes,
     has_mesh,
     scattered_tokens,
     spec,
+    split_over,
     use,
     whole_length,
 )
@@ -72,10 +71,11 @@ class MoE(nnx.Module):
         local = functools.partial(_local, config=self.config, numerics=numerics, kernel=self.kernel,
                                   exchange=self.exchange)
         if has_mesh():
-            rows = P(BATCH, "context", None)
+            rows, out = (spec(("batch", length, None), ACTIVATION) for length in ("length", "stream"))
             out_BTD, load = jax.shard_map(
-                lambda inputs, weights: local(*inputs, _varying(weights, layouts, stored), sharded=True),
-                in_specs=((rows, rows, P(BATCH, "context")), layouts), out_specs=(P(BATCH, STREAM, None), P()),
+                lambda inputs, weights: local(
+                    *inputs, _varying(weights, layouts, stored, split_over(inputs[0])), sharded=True),
+                in_specs=((rows, rows, P(*rows[:2])), layouts), out_specs=(out, P()), axis_names=free_axes(),
             )(inputs, weights)
         else:
             out_BTD, load = local(*inputs, weights, sharded=False)
@@ -125,14 +125,15 @@ def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, numerics, kern
     return out_BTD, measure_load(choice, logits_NE, real_N, lost, T, config, sharded)
 
 
-def _varying(weights: dict[str, jax.Array], layouts: dict[str, P], stored: tuple[str, ...]) -> dict[str, jax.Array]:
+def _varying(weights: dict[str, jax.Array], layouts: dict[str, P], stored: tuple[str, ...],
+             batch: tuple[str, ...]) -> dict[str, jax.Array]:
     """The weights as values that may differ on every device that sees other tokens, or (those of the experts) other
     hidden units, so that their gradients are summed over them here; but `stored` ones, whose products do that."""
 
     def one(name):
         if name in stored:
             return weights[name]
-        split = TOKENS if name in ("router", "selection_bias") else (*TOKENS, "tensor")
+        split = batch if name in ("router", "selection_bias") else (*batch, "tensor")
         return jax.lax.pcast(weights[name], tuple(a for a in split if a not in layouts[name]), to="varying")
 
     return {name: one(name) for name in weights}

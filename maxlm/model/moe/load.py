@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from maxlm.config import ModelConfig
 from maxlm.model.moe.router import Choice
-from maxlm.parallel.sharding import TOKENS
+from maxlm.parallel.sharding import split_over
 
 
 class Load(NamedTuple):
@@ -35,7 +35,7 @@ def measure_load(choice: Choice, logits_NE: jax.Array, real_N: jax.Array, droppe
                  model: ModelConfig, sharded: bool) -> Load:
     """Sums over this device's tokens, then (sharded) over the mesh. real_N: False for padding; dropped: how many
     choices found no room; length: tokens of a row that are here."""
-    total = (lambda a: jax.lax.psum(a, TOKENS)) if sharded else (lambda a: a)
+    total = (lambda a: jax.lax.psum(a, split_over(logits_NE))) if sharded else (lambda a: a)
     whole_rows = (lambda a: jax.lax.psum(a, "context")) if sharded else (lambda a: a)
     E, K = model.num_experts, model.experts_per_token
     hit_NE = jnp.sum(choice.expert_NK[:, :, None] == jnp.arange(E)[None, None], axis=1, dtype=jnp.float32)

@@ -1,0 +1,116 @@
+"""What a step is compiled for: a slice of TPUs by name, several of them, or the devices that are attached.
+
+Names are those of libtpu's topologies, 'v5p:4x4x8': chips along each dim of the slice's torus. 'local' is what is
+attached to this machine, 'gpu' the same where that must be GPUs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from maxlm.hardware import CHIPS, GIB, Chip
+from maxlm.schema import ConfigError, require
+
+# Our names -> (libtpu's name, the chip, dims of its torus, HBM that a program can have in bytes a chip). The last is
+# what the compiler states when it refuses a program (libtpu 0.0.52, "exceeds available HBM (95.73G)"); of TPU7x twice
+# a device's.
+_TPUS = {
+    "v4": ("v4", "TPU v4", 3, 30.75 * GIB),
+    "v5e": ("v5e", "TPU v5e", 2, 15.75 * GIB),
+    "v5p": ("v5p", "TPU v5p", 3, 95.73 * GIB),
+    "v6e": ("v6e", "TPU v6e", 2, 31.24 * GIB),
+    "7x": ("tpu7x", "TPU7x", 3, 2 * 94.74 * GIB),
+}
+_ALIASES = {"tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e"}
+ATTACHED = ("local", "gpu")
+GPU_RESERVE = 1.5 * GIB  # CUDA context, NCCL and cuBLAS work space: what XLA's allocator cannot have
+
+
+@dataclass(frozen=True)
+class Target:
+    """`shape`: chips along each dim of one slice; () for attached devices, whose chip is known once they were asked."""
+
+    name: str
+    shape: tuple[int, ...] = ()
+    slices: int = 1
+    chip: Chip | None = None
+    libtpu_name: str = ""
+    usable_bytes: float = 0.0
+
+    @property
+    def attached(self) -> bool:
+        return self.name in ATTACHED
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def num_devices(self) -> int:
+        assert self.chip is not None
+        return self.num_chips * self.chip.devices_per_chip
+
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Whether each dim of the torus closes to a ring. v5e and v6e close a dim of 16 chips; v4, v5p and TPU7x close
+        all dims of slices that are made of whole cubes of 4x4x4 (cloud.google.com/tpu/docs, system architecture)."""
+        if len(self.shape) == 2:
+            return tuple(size == 16 for size in self.shape)
+        return (all(size % 4 == 0 for size in self.shape),) * len(self.shape)
+
+
+def find_target(name: str, slices: int = 1) -> Target:
+    """The target called `name`. Raises ConfigError where there is none, naming those that there are."""
+    require(slices >= 1, f"--slices={slices} must be 1 or more")
+    if name in ATTACHED:
+        require(slices == 1, f"--slices={slices} is for TPU slices, and --topology={name} is what is attached here")
+        return Target(name)
+    kind, _, sizes = name.lower().partition(":")
+    kind = _ALIASES.get(kind, kind)
+    known = ", ".join(sorted(_TPUS))
+    require(kind in _TPUS, f"--topology={name}: no such chip; use {known} with its shape, as v5p:4x4x8, or local")
+    libtpu_name, chip_name, dims, usable = _TPUS[kind]
+    require(
+        re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) is not None and sizes.count("x") == dims - 1,
+        f"--topology={name}: the shape of {kind} has {dims} numbers, as {kind}:{'x'.join(['4'] * dims)}",
+    )
+    shape = tuple(int(size) for size in sizes.split("x"))
+    chip = next(chip for chip in CHIPS if chip.name == chip_name)
+    return Target(f"{kind}:{sizes}", shape, slices, chip, f"{libtpu_name}:{sizes}", usable)
+
+
+def usable_bytes(chip: Chip) -> float:
+    """Bytes of a chip's memory that a program can have."""
+    for _, name, _, usable in _TPUS.values():
+        if name == chip.name:
+            return usable
+    return chip.hbm_bytes - GPU_RESERVE
+
+
+def links(chip: Chip, target: Target, coords: Sequence[tuple[int, ...]]) -> float:
+    """Links of a chip that a ring through the chips at `coords` (one group of a collective, on one slice) keeps busy in
+    one direction. GPUs: all of them, as they meet in a switch.
+
+    A dim of the torus gives two where the group fills it and it closes to a ring, one where it is an open line, and
+    1 / stride of one where other groups' members stand between its own. Two devices of one chip: all its links.
+    """
+    if not target.shape:
+        return chip.ici_links
+    found = 0.0
+    for dim, size in enumerate(target.shape):
+        places = sorted({place[dim] for place in coords})
+        if len(places) == 1:
+            continue
+        stride = min(b - a for a, b in zip(places, places[1:], strict=False))
+        full = len(places) == size
+        found += 2.0 if full and target.wraps[dim] and size > 2 else 1.0 / stride
+    return found or float(chip.ici_links)
+
+
+def complain_of_attached(name: str, platform: str) -> None:
+    """Raises ConfigError where 'gpu' was asked for and something else is attached."""
+    if name == "gpu" and platform != "gpu":
+        raise ConfigError(f"--topology=gpu: the devices attached here are {platform}: use local, or run on a GPU host")

@@ -1,0 +1,113 @@
+"""The analytic model against what was measured and compiled, and the search that stands on it."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from maxlm.config import MeshConfig, RunConfig
+from maxlm.hardware import chip_of
+from maxlm.overrides import load_config
+from maxlm.parallel.mesh import axis_sizes
+from maxlm.planning import analytic, search
+from maxlm.planning.plan import plan
+from maxlm.planning.topology import find_target
+from maxlm.planning.torus import axis_links
+from maxlm.schema import ConfigError, from_dict
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+ONE = axis_sizes(MeshConfig(), 1)
+
+
+def recipe(name):
+    return load_config(ROOT / "configs" / f"{name}.py")
+
+
+def of_record(name):
+    record = json.loads((RESULTS / name).read_text())
+    return record, from_dict(RunConfig, record["config"]), chip_of(record["device_kind"])
+
+
+@pytest.mark.parametrize("name", ["llama3_2_1b_h200_bf16.json", "olmoe_layer_h200_bf16.json"])
+def test_steps_that_were_measured(name, monkeypatch):
+    """What the rates are calibrated on comes out; at the chip's peaks, the perturbed twin, it does not."""
+    record, config, chip = of_record(name)
+    measured = record["step_seconds"]["median"]
+    found = analytic.estimate(config, chip, ONE)
+    assert found.seconds == pytest.approx(measured, rel=0.05)
+    assert found.memory_bytes == pytest.approx(record["bytes_per_chip"], rel=0.06)
+    assert found.mfu == pytest.approx(record["mfu"], rel=0.05)
+    monkeypatch.setattr("maxlm.planning.rates.HOPPER", ())
+    assert analytic.estimate(config, chip, ONE).seconds < 0.85 * measured
+
+
+def test_what_crosses_the_mesh():
+    """llama3_70b on 4 x 8 x 8 v5p with tensor=4, beside the compiler's own figures (docs/PODS.md)."""
+    config = recipe("llama3_70b")
+    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=64, tensor=4),
+                                 train=dataclasses.replace(config.train, grad_accumulation=4))
+    target = find_target("v5p:4x8x8")
+    axes = axis_sizes(config.mesh, 256)
+    links = axis_links(target, axes)
+    assert links == {"fsdp": 4.0, "tensor": 2.0}
+    found = analytic.estimate(config, target.chip, axes, links)
+    parameters = 70.55e9
+    assert found.wire_bytes["fsdp"] == pytest.approx(4 * 3 * 2 * parameters / 4 * 63 / 64, rel=0.05)
+    assert set(found.wire_bytes) == {"fsdp", "tensor"}
+    assert found.memory_by_kind["parameters"] == pytest.approx(4 * parameters / 256, rel=0.01)
+
+
+def test_the_search_keeps_what_is_trained():
+    config, target = recipe("llama3_8b"), find_target("v6e:4x4")
+    found = search.candidates(config, target)
+    assert found == sorted(found, key=lambda c: c.expected.seconds)
+    for candidate in found:
+        data, fsdp, expert, tensor = candidate.mesh
+        assert data * fsdp * expert * tensor == 16
+        train = candidate.config.train
+        assert train.global_batch_size == config.train.global_batch_size
+        assert train.global_batch_size == candidate.rows * data * fsdp * train.grad_accumulation
+    assert len({candidate.values for candidate in found}) == len(found)
+
+
+def test_slices_are_split_by_data_alone():
+    found = search.candidates(recipe("llama3_8b"), find_target("v5e:4x4", 2))
+    assert {candidate.mesh[0] % 2 for candidate in found} == {0}
+    assert all(c.expected.wire_bytes["data"] > 0 for c in found)
+
+
+@pytest.mark.parametrize(("changes", "topology", "told"), [
+    ({}, "v5e:2x2", r"needs at least about .* GB a chip .* v5e:2x2 has 17: take v5e:4x\d or more chips"),
+    ({"global_batch_size": 7}, "v5e:4x4", "train.global_batch_size=7 must be a multiple of"),
+])
+def test_what_cannot_be_is_refused_with_what_could(changes, topology, told):
+    config = recipe("llama3_8b")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, seq_len=2048, **changes))
+    with pytest.raises(ConfigError, match=told):
+        plan(config, find_target(topology))
+
+
+def test_a_plan_is_confirmed_by_compiles(monkeypatch):
+    """The compiler has the last word: what it finds too large goes behind, and a leaner layout of the mesh is tried."""
+    config, target = recipe("llama3_8b"), find_target("v5p:4x4x4")
+    asked = []
+
+    def compiled(config, target):
+        asked.append(config)
+        fits = config.remat.policy != "none"
+        size = target.usable_bytes * (0.9 if fits else 1.3)
+        seconds = 1.0 + len(asked) / 100
+        return {"fits": fits, "bytes_per_chip": size, "hbm_bytes": target.usable_bytes, "mfu_estimate": 0.5,
+                "step_seconds_estimate": seconds, "tokens_per_second_per_chip_estimate": 1.0, "dominating_term": "",
+                "compile_seconds": 1.0, "cached": False}
+
+    monkeypatch.setattr("maxlm.planning.plan.compile_report", compiled)
+    found = plan(config, target, confirm=3, jobs=1)
+    assert [c.fits for c in found] == sorted((c.fits for c in found), reverse=True)
+    assert sum(c.fits for c in found) == 3 and len(found) <= 10
+    fitting = [c.record["step_seconds_estimate"] for c in found if c.fits]
+    assert fitting == sorted(fitting)
+    assert "--set remat.policy=" in found[0].candidate.overrides(recipe("llama3_8b")) or (
+        found[0].candidate.config.remat == config.remat)
