@@ -153,7 +153,7 @@ def test_experts_weights_are_gathered_in_8_bits(scaling):
     with jax.set_mesh(mesh):
         made = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), made, stored(made, mesh))
         rows = lambda shape, dtype: jax.ShapeDtypeStruct(  # noqa: E731
-            shape, dtype, sharding=jax.NamedSharding(mesh, P(BATCH)))
+            shape, dtype, sharding=jax.NamedSharding(mesh, P(BATCH, "context")))
         loss = lambda made, x, ids: jnp.sum(made(x, ids, in_8_bits(scaling), None)[0])  # noqa: E731
         jaxpr = str(jax.jit(jax.grad(loss)).trace(made, rows((B, T, D), jnp.float32), rows((B, T), jnp.int32)).jaxpr)
     gathered = re.findall(r":(\w+)\[4,16,16\]\S* = all_gather", jaxpr)
