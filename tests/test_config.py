@@ -51,7 +51,6 @@ def test_json_gives_back_an_equal_config(config):
         (lambda: c.OptimizerConfig(b2=1.0), "optimizer.b2=1.0 must be in [0, 1)"),
         (lambda: c.ScheduleConfig(name="wsd"), "schedule.decay_steps must be set"),
         (lambda: c.MeshConfig(fsdp=-1), "mesh.fsdp=-1 must be 1 or more"),
-        (lambda: c.MeshConfig(context=2), "mesh.context=2 is not built yet"),
         (lambda: c.CheckpointConfig(every_steps=0), "checkpoint.every_steps=0 must be greater than 0"),
         (lambda: c.RunConfig(model=None), "model=None must be ModelConfig"),
         (lambda: c.RunConfig(train=c.TrainConfig(num_steps=50)), "more than train.num_steps=50"),

@@ -199,8 +199,6 @@ class MeshConfig:
         for name in AXES:
             size = getattr(self, name)
             require(size == "rest" or size > 0, f"mesh.{name}={size!r} must be 1 or more (sizes are absolute numbers)")
-        require(self.context == 1, f"mesh.context={self.context} is not built yet: set it to 1 and use mesh.data, "
-                                   "mesh.fsdp, mesh.expert or mesh.tensor")
 
 
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
@@ -329,8 +327,9 @@ class RunConfig:
             self._check_pipeline()
         chunks = self.compute.loss_chunks
         require(
-            chunks == "auto" or self.train.seq_len % chunks == 0,
-            f"compute.loss_chunks={chunks} does not divide train.seq_len={self.train.seq_len}: use a divisor or 'auto'",
+            chunks == "auto" or self.train.seq_len % (chunks * self.mesh.context) == 0,
+            f"compute.loss_chunks={chunks} does not divide train.seq_len / mesh.context = "
+            f"{self.train.seq_len / self.mesh.context:g}: use a divisor or 'auto'",
         )
         size = self.data.tokenizer.removeprefix("bpe:")
         require(

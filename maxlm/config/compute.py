@@ -59,6 +59,8 @@ class RematConfig:
 class ComputeConfig:
     """How the step is computed, never what: kernels, layer loop, loss chunks, the way of tokens to their experts.
 
+    context_attention: along mesh.context: keys and values go round a ring, or are gathered, or heads are exchanged for
+    tokens; 'auto' is the way that the platform has the fast kernel for (docs/PARALLELISM.md).
     expert_exchange: along mesh.expert; 'auto' is ragged_all_to_all on TPUs and all_to_all elsewhere (docs/MOE.md).
     layer_unroll: repeats of the layer pattern compiled into one scan iteration; 'all' unrolls the whole stack.
     loss_chunks: pieces of the sequence whose logits exist at one time; 'auto' picks from the vocabulary.
@@ -71,6 +73,7 @@ class ComputeConfig:
     """
 
     attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
+    context_attention: Literal["auto", "ring", "all_gather", "all_to_all"] = "auto"
     grouped_matmul: Literal["auto", "blocks", "ragged_dot", "mosaic_gpu", "mosaic_tpu"] = "auto"
     expert_exchange: Literal["auto", "all_to_all", "ragged_all_to_all", "all_gather"] = "auto"
     deterministic: bool = False

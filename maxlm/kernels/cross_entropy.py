@@ -4,7 +4,8 @@ The sequence is cut into chunks. Each chunk's logits are made once, and its loss
 once, so the backward pass has nothing left to do but scale (the idea of Liger's fused linear cross-entropy,
 arXiv:2410.10989, section 3.3, with the weight gradient accumulated in float32). Everything local to a device is
 inside one `shard_map`: the head is gathered over `fsdp` in the compute dtype, its vocabulary stays split over
-`tensor`, and its gradient is summed over the mesh once, straight into the storage layout.
+`tensor` (along which the residual stream is gathered), and its gradient is summed over the mesh once, straight into the
+storage layout.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.sharding import BATCH, REPLICAS, SHARD, STORAGE, has_mesh, shard_count
+from maxlm.parallel.sharding import (
+    BATCH,
+    REPLICAS,
+    SHARD,
+    STORAGE,
+    STREAM,
+    TOKENS,
+    gathered_tokens,
+    has_mesh,
+    scattered_tokens,
+    shard_count,
+)
 
 MAX_LOGITS_BYTES = 2**31  # float32 logits of one chunk on one device
 
@@ -36,7 +48,8 @@ def linear_cross_entropy(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Arra
     """Cross-entropy of softmax(x w^T) against `targets_BT` (-1: no loss), plus z_loss * logsumexp^2.
 
     x_BTD sets the compute dtype; w_VD is the float32 weight in its storage layout. `softcap` c turns logits z into
-    c tanh(z / c). `chunks` pieces of T; 'auto' takes the fewest that keep a chunk's logits under 2 GiB a device.
+    c tanh(z / c). `chunks` pieces of the T that a device has; 'auto' takes the fewest that keep a chunk's logits under
+    2 GiB a device.
     """
     return _sharded(x_BTD, w_VD, targets_BT, z_loss, softcap, chunks, gradients=False)
 
@@ -58,20 +71,21 @@ def _sharded(x, w, targets, z_loss, softcap, chunks, *, gradients: bool):
     local = functools.partial(_local, z_loss=z_loss, softcap=softcap, chunks=chunks, gradients=gradients)
     if not has_mesh():
         return local(x, w, targets, sharded=False)
-    batch, weight = P(BATCH, None, None), P(STORAGE["vocab"], STORAGE["embed"])
+    batch, weight = P(BATCH, STREAM, None), P(STORAGE["vocab"], STORAGE["embed"])
     sums = CrossEntropy(P(), P())
     return jax.shard_map(
         functools.partial(local, sharded=True),
-        in_specs=(batch, weight, P(BATCH, None)),
+        in_specs=(batch, weight, P(BATCH, "context")),
         out_specs=(sums, batch, weight) if gradients else sums,
     )(x, w, targets)
 
 
 def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, sharded):
     """One device's rows: sums over the mesh, this device's rows of dx, its shard of dw."""
+    x_BTD = gathered_tokens(x_BTD) if sharded else x_BTD
     batch, length, width = x_BTD.shape
     w_VD = w_VD.astype(x_BTD.dtype)
-    split = sharded and shard_count() > 1  # the CPU backend copies even for a gather of one
+    split = sharded and shard_count() > 1
     if split:
         w_VD = jax.lax.all_gather(w_VD, SHARD, axis=1, tiled=True)
     first = jax.lax.axis_index("tensor") * w_VD.shape[0] if sharded else 0
@@ -92,19 +106,19 @@ def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, shard
 
         zero, dw_VD = jnp.zeros((), jnp.float32), jnp.zeros(w_VD.shape, jnp.float32) if gradients else None
         if sharded:  # shard_map's types ask over which axes a sum will differ from device to device
-            zero, dw_VD = jax.lax.pcast(zero, BATCH, to="varying"), _differs(dw_VD)
+            zero, dw_VD = jax.lax.pcast(zero, TOKENS, to="varying"), _differs(dw_VD)
         start = (CrossEntropy(zero, zero), dw_VD)
         (sums, dw_VD), dx_CBTD = jax.lax.scan(body, start, (pieces(x_BTD), pieces(targets_BT)))
         dx_BTD = jnp.moveaxis(dx_CBTD, 0, 1).reshape(x_BTD.shape) if gradients else None
     if sharded:
-        sums = jax.lax.psum(sums, BATCH)
+        sums = jax.lax.psum(sums, TOKENS)
     if not gradients:
         return sums
     if sharded:
-        dx_BTD = jax.lax.psum(dx_BTD, "tensor")
+        dx_BTD = scattered_tokens(dx_BTD)
         if split:
             dw_VD = jax.lax.psum_scatter(dw_VD, SHARD, scatter_dimension=1, tiled=True)
-        dw_VD = jax.lax.psum(dw_VD, REPLICAS if split else BATCH)
+        dw_VD = jax.lax.psum(dw_VD, REPLICAS if split else TOKENS)
     return sums, dx_BTD, dw_VD
 
 
@@ -147,4 +161,4 @@ def num_chunks(batch: int, length: int, vocab: int) -> int:
 
 
 def _differs(x: jax.Array | None) -> jax.Array | None:
-    return None if x is None else jax.lax.pcast(x, (*BATCH, "tensor"), to="varying")
+    return None if x is None else jax.lax.pcast(x, (*TOKENS, "tensor"), to="varying")

@@ -4,7 +4,8 @@ Autodiff of a lookup in a bfloat16 table scatters bfloat16 into bfloat16: 4,096 
 frequent tokens would lose most of their gradient. And a GPU's scatter adds in the order its threads happen to come, so
 no two runs agree. Here the rows are sorted by token and added up in float32 in an order that depends on the tokens
 alone. Both passes are local to a device (`shard_map`): the table is gathered over `fsdp` in the compute dtype, each
-`tensor` shard looks up the tokens of its part of the vocabulary, and the gradient goes straight to the storage layout.
+`tensor` shard looks up the tokens of its part of the vocabulary, the sum goes straight to the layout of the residual
+stream, and the gradient straight to the storage layout.
 """
 
 from __future__ import annotations
@@ -16,14 +17,26 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.sharding import BATCH, REPLICAS, SHARD, STORAGE, has_mesh, shard_count
+from maxlm.parallel.sharding import (
+    BATCH,
+    REPLICAS,
+    SHARD,
+    STORAGE,
+    STREAM,
+    TOKENS,
+    gathered_tokens,
+    has_mesh,
+    scattered_tokens,
+    shard_count,
+)
 
 _TABLE = P(STORAGE["vocab"], STORAGE["embed"])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embedding_lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of the float32 table (in its storage layout) for each token, [B, T, D] in `dtype`."""
+    """Rows of the float32 table (in its storage layout) for each token, [B, T, D] in `dtype`, laid out as
+    the residual stream."""
     return _forward(table_VD, tokens_BT, dtype)[0]
 
 
@@ -35,9 +48,9 @@ def _forward(table_VD, tokens_BT, dtype):
 
     def look_up(shard_VD, tokens_BT):
         first = jax.lax.axis_index("tensor") * shard_VD.shape[0]
-        return jax.lax.psum(local(_gathered(shard_VD.astype(dtype)), tokens_BT, first=first), "tensor")
+        return scattered_tokens(local(_gathered(shard_VD.astype(dtype)), tokens_BT, first=first))
 
-    specs = {"in_specs": (_TABLE, P(BATCH, None)), "out_specs": P(BATCH, None, None)}
+    specs = {"in_specs": (_TABLE, P(BATCH, "context")), "out_specs": P(BATCH, STREAM, None)}
     return jax.shard_map(look_up, **specs)(table_VD, tokens_BT), kept
 
 
@@ -47,7 +60,7 @@ def _backward(dtype, kept, dx_BTD):
         return _scatter(dx_BTD, tokens_BT, vocab=vocab, first=0), None
     return jax.shard_map(
         functools.partial(_sharded_scatter, vocab=vocab),
-        in_specs=(P(BATCH, None, None), P(BATCH, None)), out_specs=_TABLE,
+        in_specs=(P(BATCH, STREAM, None), P(BATCH, "context")), out_specs=_TABLE,
     )(dx_BTD, tokens_BT), None
 
 
@@ -108,9 +121,9 @@ def _carry(left, right):
 
 def _sharded_scatter(dx_BTD, tokens_BT, *, vocab):
     shard = vocab // jax.lax.axis_size("tensor")
-    dw_VD = _scatter(dx_BTD, tokens_BT, vocab=shard, first=jax.lax.axis_index("tensor") * shard)
+    dw_VD = _scatter(gathered_tokens(dx_BTD), tokens_BT, vocab=shard, first=jax.lax.axis_index("tensor") * shard)
     if shard_count() == 1:
-        return jax.lax.psum(dw_VD, BATCH)
+        return jax.lax.psum(dw_VD, TOKENS)
     return jax.lax.psum(jax.lax.psum_scatter(dw_VD, SHARD, scatter_dimension=1, tiled=True), REPLICAS)
 
 

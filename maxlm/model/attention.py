@@ -29,7 +29,7 @@ class Cache(NamedTuple):
 class SelfAttention(nnx.Module):
     """x [B, T, D] -> [B, T, D]; causal, within a document, within `window` tokens where one is given."""
 
-    def __init__(self, config: ModelConfig, window: int | None, kernel: str, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, window: int | None, kernel: str, across: str, rngs: nnx.Rngs):
         width, kv_heads, head = config.hidden_dim, config.num_kv_heads, config.head_dim
         self.group = config.num_heads // kv_heads
         scale = multipliers(config)
@@ -46,31 +46,31 @@ class SelfAttention(nnx.Module):
         self.k_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else None
         self.softcap = config.attention_softcap
         self.window = window
-        self.kernel = kernel
+        self.kernel, self.across = kernel, across
 
     def __call__(self, x_BTD: jax.Array, turn: Rotation, segment_ids_BT: jax.Array, numerics: Numerics) -> jax.Array:
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, turn, numerics)
         out_BTHK = attention(
             q_BTHK, k_BTGK, v_BTGK, segment_ids_BT=segment_ids_BT, window=self.window, softcap=self.softcap,
-            implementation=self.kernel,
+            implementation=self.kernel, across=self.across,
         )
         return self.merge(out_BTHK, numerics)
 
     def project(self, x_BTD: jax.Array, turn: Rotation, numerics: Numerics) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, H, K] and keys [B, T, G, K], and values [B, T, G, K]."""
         group, (batch, length) = self.group, x_BTD.shape[:2]
-        dims = ("batch", None, "kv_heads", None, None)
+        dims = ("batch", "length", "kv_heads", None, None)
         qkv_BTGRK = numerics.attention.einsum("BTD,DGRK->BTGRK", x_BTD, self.qkv, dims)
         kv_heads, head = qkv_BTGRK.shape[2], qkv_BTGRK.shape[4]
         q_BTGRK, k_BTG1K, v_BTG1K = jnp.split(qkv_BTGRK, [group, group + 1], axis=3)
-        q_BTHK = constrain(q_BTGRK.reshape(batch, length, kv_heads * group, head), ("batch", None, "heads", None))
+        q_BTHK = constrain(q_BTGRK.reshape(batch, length, kv_heads * group, head), ("batch", "length", "heads", None))
         k_BTGK, v_BTGK = jnp.squeeze(k_BTG1K, axis=3), jnp.squeeze(v_BTG1K, axis=3)
         if self.q_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         return rotate(q_BTHK, turn), rotate(k_BTGK, turn), v_BTGK
 
     def merge(self, out_BTHK: jax.Array, numerics: Numerics) -> jax.Array:
-        return numerics.attention.einsum("BTHK,HKD->BTD", out_BTHK, self.out, ("batch", None, None))
+        return numerics.attention.einsum("BTHK,HKD->BTD", out_BTHK, self.out, ("batch", "stream", None))
 
     def decode(self, x_BTD: jax.Array, turn: Rotation, cache: Cache, start: jax.Array,
                numerics: Numerics) -> tuple[jax.Array, Cache]:

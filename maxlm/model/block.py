@@ -26,6 +26,7 @@ class Kernels(NamedTuple):
     attention: str = "reference"
     grouped_matmul: str = "blocks"
     exchange: str = "all_to_all"
+    across: str = "ring"  # attention, where mesh.context splits the rows
 
 
 PLAIN = Kernels()  # on any platform
@@ -42,7 +43,7 @@ class Block(nnx.Module):
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
         norm = lambda wanted: RMSNorm(config.hidden_dim, config.norm_eps) if wanted else None  # noqa: E731
         self.attention_norm, self.attention_post_norm = norm(before), norm(after)
-        self.attention = SelfAttention(config, window, kernels.attention, rngs)
+        self.attention = SelfAttention(config, window, kernels.attention, kernels.across, rngs)
         self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
         if sparse:
             self.mlp = MoE(config, kernels.grouped_matmul, kernels.exchange, rngs)

@@ -33,12 +33,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, numerics: Numerics) -> jax.Array:
         def into(weight: nnx.Param) -> jax.Array:
-            return checkpoint_name(product("BTD,DF->BTF", x_BTD, weight, ("batch", None, "mlp")), "mlp_up")
+            return checkpoint_name(product("BTD,DF->BTF", x_BTD, weight, ("batch", "length", "mlp")), "mlp_up")
 
         activate, product = ACTIVATIONS[self.activation], numerics.mlp.einsum
         up_BTF = into(self.up)
         h_BTF = activate(up_BTF) if self.gate is None else gated(activate, into(self.gate), up_BTF)
-        return product("BTF,FD->BTD", h_BTF, self.down, ("batch", None, None))
+        return product("BTF,FD->BTD", h_BTF, self.down, ("batch", "stream", None))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -99,8 +99,9 @@ class Transformer(nnx.Module):
 
     def hidden(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array,
                key: jax.Array | None = None) -> tuple[jax.Array, Load | None]:
-        """Final hidden states [B, T, D] of embedded tokens, and what the routers did, stacked over the sparse layers
-        (None where there are none). key: for what is random in training."""
+        """Final hidden states [B, T, D] of embedded tokens (where `context` splits their rows, in the `balanced_order`
+        of parallel/context.py), and what the routers did, stacked over the sparse layers (None where there are none).
+        key: for what is random in training."""
         turn = rotation(self.config.rope, self.config.head_dim, positions_BT)
         loads = []
         for span in self._spans():

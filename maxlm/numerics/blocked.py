@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from maxlm.numerics.blocks import Block, block_along, cut, joined
-from maxlm.parallel.sharding import ACTIVATION, COMPUTE, Dims, has_mesh, spec
+from maxlm.parallel.sharding import ACTIVATION, COMPUTE, Dims, has_mesh, spec, whole_length
 from maxlm.schema import ConfigError
 
 FORMAT = jnp.float8_e4m3fn
@@ -137,7 +137,8 @@ def _forward(dtype, shape, x, w):
     blocks = (shape.out_of, shape.into) if shape.fsdp_into else (shape.into, shape.out_of)
     w8 = quantise(w, *blocks).gathered(shape.layout)
     along = shape.into._replace(dim=-1)
-    left, right = dequantised(quantise(x, along), dtype, along), dequantised(w8, dtype, shape.into, shape.out_of)
+    left = whole_length(dequantised(quantise(x, along), dtype, along))
+    right = dequantised(w8, dtype, shape.into, shape.out_of)
     last = tuple(range(x.ndim - shape.contracted, x.ndim))
     with jax.named_scope("fp8_forward"):
         return _dot(left, right, last, tuple(range(shape.contracted)), dtype, shape.out), (x, w8, w)
@@ -149,10 +150,10 @@ def _backward(dtype, shape, kept, g):
     batch = g.ndim - produced
     along = shape.out_of._replace(dim=-1)
     right = dequantised(w8, dtype, shape.into, shape.out_of)
-    g8 = dequantised(quantise(g, along), dtype, along)
+    g8 = whole_length(dequantised(quantise(g, along), dtype, along))
     with jax.named_scope("fp8_input_gradient"):
         dx = _dot(g8, right, tuple(range(batch, g.ndim)), tuple(range(shape.contracted, w.ndim)), dtype, _layout(x))
-    left, right = (_over_tokens(a, batch, dtype) for a in (x, g))
+    left, right = (_over_tokens(whole_length(a), batch, dtype) for a in (x, g))
     tokens = tuple(range(batch))
     with jax.named_scope("fp8_weight_gradient"):
         dw = _dot(left, right, tokens, tokens, dtype, shape.layout).astype(jnp.float32)

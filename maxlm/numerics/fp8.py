@@ -75,8 +75,12 @@ class Quantised(NamedTuple):
         """Laid out for use."""
         if layout is None:
             return self
-        kept = P(*(axis if size > 1 else None for axis, size in zip(layout, self.factors.shape, strict=True)))
-        return Quantised(jax.sharding.reshard(self.values, layout), jax.sharding.reshard(self.factors, kept))
+        return Quantised(jax.sharding.reshard(self.values, layout), _like(self.factors, layout))
+
+    def whole_length(self) -> Quantised:
+        """Activations [B, T, ...] of the residual stream, gathered over `tensor` in 8 bits."""
+        layout = _layout(self.values)
+        return self.gathered(None if layout is None else P(*spec(("batch", "length"), ACTIVATION), *layout[2:]))
 
 
 def quantise(x: jax.Array, dtype: jnp.dtype, axes: range, recipe: Fp8) -> Quantised:
@@ -120,6 +124,7 @@ def product(recipe: Fp8, a: Quantised, b: Quantised, count: int, dtype: jnp.dtyp
     left_dims, right_dims = left.ndim, right.ndim
     left = jnp.expand_dims(left, tuple(range(left_dims, y.ndim)))
     right = jnp.expand_dims(right, tuple(range(y.ndim - right_dims)))
+    left, right = _like(left, layout), _like(right, layout)
     return (y.astype(jnp.float32) * left * right).astype(dtype)
 
 
@@ -132,7 +137,7 @@ def _forward(recipe, contracted, out, layout, x, w):
     x8 = quantise(x, FORWARD, range(x.ndim - contracted, x.ndim), recipe)
     w8 = quantise(w, FORWARD, range(contracted), recipe).gathered(layout)
     with jax.named_scope("fp8_forward"):
-        y = product(recipe, x8, w8.turned(contracted), contracted, recipe.dtype, out)
+        y = product(recipe, x8.whole_length(), w8.turned(contracted), contracted, recipe.dtype, out)
     # A scale a row belongs to one product: the backward pass then starts again from what was given.
     return y, (x8, w8, w) if recipe.scaling == "tensor" else (x, None, w)
 
@@ -141,19 +146,27 @@ def _backward(recipe, contracted, out, layout, kept, g):
     x, w8, w = kept
     batch, produced = g.ndim - (w.ndim - contracted), w.ndim - contracted
     x_layout, w_layout = _layout(x.values if recipe.scaling == "tensor" else x), _layout(w)
-    g8 = quantise(g, BACKWARD, range(batch, g.ndim), recipe)
+    g8 = quantise(g, BACKWARD, range(batch, g.ndim), recipe).whole_length()
     if recipe.scaling == "row":
         w8 = quantise(w, FORWARD, range(contracted, w.ndim), recipe).gathered(layout)
     with jax.named_scope("fp8_input_gradient"):
         dx = product(recipe, g8, w8, produced, recipe.dtype, x_layout)
     if recipe.scaling == "row":
-        x, g8 = quantise(x, FORWARD, range(batch), recipe), quantise(g, BACKWARD, range(batch), recipe)
+        x, g8 = quantise(x, FORWARD, range(batch), recipe), quantise(g, BACKWARD, range(batch), recipe).whole_length()
     with jax.named_scope("fp8_weight_gradient"):
-        dw = product(recipe, x.turned(batch), g8.turned(batch), batch, jnp.float32, layout)
+        dw = product(recipe, x.whole_length().turned(batch), g8.turned(batch), batch, jnp.float32, layout)
     return dx, dw if layout is None else jax.sharding.reshard(dw, w_layout)
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _like(factors: jax.Array, layout: P | None) -> jax.Array:
+    """Factors of values that are laid out so."""
+    if layout is None:
+        return factors
+    kept = P(*(axis if size > 1 else None for axis, size in zip(layout, factors.shape, strict=True)))
+    return jax.sharding.reshard(factors, kept)
 
 
 def _layout(x: jax.Array) -> P | None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.sharding import ACTIVATION, Dims, has_mesh, spec, use
+from maxlm.parallel.sharding import ACTIVATION, Dims, has_mesh, spec, use, whole_length
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,15 @@ class Plain:
     dtype: jnp.dtype
 
     def einsum(self, subscripts: str, x: jax.Array, weight: nnx.Param, out: Dims) -> jax.Array:
-        """`jnp.einsum` of activations x and a weight, whose result has logical dims `out`; where both operands are
-        split along a contracted dim, this is the sum over that mesh axis."""
+        """`jnp.einsum` of activations x [B, T, ...] and a weight, whose result has logical dims `out`; where both
+        operands are split along a contracted dim, this is the sum over that mesh axis. An x in the layout of the
+        residual stream is gathered, here and again for the weight's gradient, and kept as it is."""
         return _product(subscripts, spec(out, ACTIVATION) if has_mesh() else None, x, use(weight, self.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(subscripts: str, sharding: P | None, x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, w, out_sharding=sharding)
+    return jnp.einsum(subscripts, whole_length(x), w, out_sharding=sharding)
 
 
 def _product_forward(subscripts, sharding, x, w):
@@ -40,6 +41,7 @@ def _product_backward(subscripts, sharding, kept, g):
     (x, w), (operands, y) = kept, subscripts.split("->")
     a, b = operands.split(",")
     layout = [jax.typeof(v).sharding.spec if has_mesh() else None for v in kept]
+    x, g = whole_length(x), whole_length(g)
     dx = jnp.einsum(f"{y},{b}->{a}", g, w, out_sharding=layout[0])
     dw = jnp.einsum(f"{a},{y}->{b}", x, g, out_sharding=layout[1])
     return dx, dw

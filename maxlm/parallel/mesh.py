@@ -75,7 +75,8 @@ def check_divisible(mesh: Mesh, config: RunConfig) -> None:
     """Raises ConfigError, naming the field and the fix, where a sharded size is not a multiple of its axes. Of the mesh
     it reads `shape` alone."""
     model, train = config.model, config.train
-    tensor, fsdp, expert, stage = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert", "stage"))
+    tensor, fsdp, expert, stage, context = (
+        mesh.shape[axis] for axis in ("tensor", "fsdp", "expert", "stage", "context"))
     batch, axes = mesh.shape["data"] * fsdp * expert, "mesh.data * mesh.fsdp * mesh.expert"
     if stage > 1:  # microbatches, of which a multiple of the stages
         count = config.compute.pipeline_microbatches
@@ -88,8 +89,12 @@ def check_divisible(mesh: Mesh, config: RunConfig) -> None:
             f"{axes} = {batch}: raise the batch to a multiple of {batch * train.grad_accumulation} "
             f"or use fewer devices along these axes"
         )
+    parts = context * math.lcm(tensor, 2 if context > 1 else 1)  # of a row; two for each of context (context.py)
+    if train.seq_len % parts:
+        raise ConfigError(f"train.seq_len={train.seq_len} is not a multiple of {parts}, the parts that mesh.context="
+                          f"{context} and mesh.tensor={tensor} make of a row: make it one, or use smaller axes")
     for field, size, axis, ways in (
-        ("hidden_dim", model.hidden_dim, "fsdp * mesh.expert", fsdp * expert),
+        ("hidden_dim", model.hidden_dim, "fsdp * mesh.expert * mesh.context", fsdp * expert * context),
         ("num_experts", model.num_experts, "expert", expert),
         ("expert_dim", model.expert_dim, "tensor", tensor),
         ("num_kv_heads", model.num_kv_heads, "tensor", tensor),

@@ -1,10 +1,16 @@
 """Logical dims to mesh axes, in two layouts: how weights are stored, and how they are used.
 
 Fully sharded data parallelism (ZeRO-3, arXiv:1910.02054) is the difference between the two: a weight is stored
-split over `fsdp` (and `expert`) and used gathered. The gather is the `reshard` in `use`, made on the cast weight, so
-that it moves bfloat16; its transpose scatters the gradient. Tensor parallelism (Megatron, arXiv:1909.08053) is in both
-layouts, and so is expert parallelism for the experts' own weights. Pipeline parallelism (pipeline.py) splits the dim
-that stacks the layers, and the batch wherever it is not in the pipeline.
+split over `fsdp` (and `expert` and `context`) and used gathered. The gather is the `reshard` in `use`, made on the cast
+weight, so that it moves bfloat16; its transpose scatters the gradient. Tensor parallelism (Megatron, arXiv:1909.08053)
+is in both layouts, and so is expert parallelism for the experts' own weights. Pipeline parallelism (pipeline.py) splits
+the dim that stacks the layers, and the batch wherever it is not in the pipeline.
+
+Activations have two layouts as well. Rows are split over BATCH, and the tokens of a row over `context` (context.py).
+Where `tensor` splits heads or hidden units, each of its devices has all of these tokens; between sublayers, on the
+residual stream, where it would split nothing, it splits the tokens once more ('stream'; Korthikanti et al. 2022,
+arXiv:2205.05198, section 4.2.2). A product gathers what comes from the stream (`whole_length`) and scatters what it
+adds to it, so that norms, residuals and what is kept for the backward pass are split over all devices.
 """
 
 from __future__ import annotations
@@ -18,13 +24,19 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-BATCH = ("stage", "data", "fsdp", "expert")  # the axes that split the batch; inside the pipeline, those behind `stage`
-SHARD = ("fsdp", "expert")  # the axes that split what every token multiplies; an expert's weights have `expert` apart
-REPLICAS = ("stage", "data")  # the axes of BATCH that do not
-STORAGE = {"layers": "stage", "embed": SHARD, "expert_embed": "fsdp", "experts": "expert", "vocab": "tensor",
-           "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
+# The axes that split the rows of a batch; inside the pipeline, those behind `stage`.
+BATCH = ("stage", "data", "fsdp", "expert")
+TOKENS = (*BATCH, "context")  # the axes that split its tokens
+STREAM = ("context", "tensor")  # the axes that split a row's tokens on the residual stream
+# The axes that split what every token multiplies; an expert's weights have `expert` apart. `context` is one of them:
+# its devices would otherwise hold equal copies, and a sum of gradients that is left scattered moves no more.
+SHARD = ("fsdp", "expert", "context")
+REPLICAS = ("stage", "data")  # the axes of TOKENS that do not
+STORAGE = {"layers": "stage", "embed": SHARD, "expert_embed": ("fsdp", "context"), "experts": "expert",
+           "vocab": "tensor", "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
 COMPUTE = {**STORAGE, "embed": None, "expert_embed": None}
-ACTIVATION = {"batch": BATCH, "kv_heads": "tensor", "heads": "tensor", "mlp": "tensor"}
+ACTIVATION = {"batch": BATCH, "length": "context", "stream": STREAM, "kv_heads": "tensor", "heads": "tensor",
+              "mlp": "tensor"}
 
 Dims = tuple[str | None, ...]
 
@@ -44,8 +56,8 @@ def _without(manual: tuple[str, ...], axes: str | tuple[str, ...] | None) -> str
 
 
 def split_over(rows: jax.Array) -> tuple[str, ...]:
-    """Inside a `shard_map`: the axes of BATCH over which rows of it are split; without `stage` inside the pipeline."""
-    return tuple(axis for axis in BATCH if axis in jax.typeof(rows).manual_axis_type.varying)
+    """Inside a `shard_map`: the axes of TOKENS over which rows of it are split; without `stage` inside the pipeline."""
+    return tuple(axis for axis in TOKENS if axis in jax.typeof(rows).manual_axis_type.varying)
 
 
 def free_axes() -> frozenset[str]:
@@ -81,6 +93,27 @@ def constrain(x: jax.Array, dims: Dims) -> jax.Array:
     return jax.sharding.reshard(x, spec(dims, ACTIVATION)) if has_mesh() else x
 
 
+def whole_length(x: jax.Array) -> jax.Array:
+    """x [B, T, ...] of the residual stream with all tokens of a `context` part on each device of `tensor`."""
+    if not has_mesh():
+        return x
+    return jax.sharding.reshard(x, P(*spec(("batch", "length"), ACTIVATION), *jax.typeof(x).sharding.spec[2:]))
+
+
+def gathered_tokens(x_BTD: jax.Array) -> jax.Array:
+    """`whole_length` inside a `shard_map`, where x is this device's part of the stream."""
+    if jax.lax.axis_size("tensor") == 1:  # the CPU backend copies even for a gather of one
+        return x_BTD
+    return jax.lax.all_gather(x_BTD, "tensor", axis=1, tiled=True)
+
+
+def scattered_tokens(x_BTD: jax.Array) -> jax.Array:
+    """Inside a `shard_map`: the sum over `tensor`, of which each device gets its part of the stream."""
+    if jax.lax.axis_size("tensor") == 1:
+        return x_BTD
+    return jax.lax.psum_scatter(x_BTD, "tensor", scatter_dimension=1, tiled=True)
+
+
 def stored(tree: Any, mesh: Mesh) -> Any:
     """The storage NamedSharding of every array in `tree` (a module, its gradients, an optimizer state): from the
     logical dims of each nnx.Param, replicated for arrays that are not in one. Same structure as `tree`."""
@@ -101,5 +134,5 @@ def _stored(param: nnx.Param, ndim: int, mesh: Mesh) -> P:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the batch axes: [B, T]."""
-    return NamedSharding(mesh, P(BATCH, None))
+    """Rows of a batch over the batch axes and their tokens over `context`: [B, T]."""
+    return NamedSharding(mesh, P(BATCH, "context"))

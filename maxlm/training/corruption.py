@@ -5,8 +5,9 @@ Two comparisons, bit for bit, of what should be equal on different devices:
   An optimizer that went wrong on one replica shows here too, because every replica makes every update itself.
 - Computed: the forward and backward pass of the step's batch (one microbatch of it) is made twice, the second time with
   every device group on the rows of the group before it along `data` and `fsdp`. Devices that compute a row together
-  (along `tensor`, and along `expert`, whose rows meet in their experts) are one group. What a row gives does not depend
-  on where it is computed, so each row's final hidden states and gradient at the embedding must be the same.
+  (along `tensor` and `context`, and along `expert`, whose rows meet in their experts) are one group. What a row gives
+  does not depend on where it is computed, so each row's final hidden states and gradient at the embedding must be the
+  same.
 
 What it cannot see: a fault in a weight's gradient, which is summed over all devices before the update, so that every
 replica takes the same wrong step (the layers' forward and input gradients run on the same units); a fault that did not
@@ -26,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from maxlm.checkpoint import named_leaves
 from maxlm.config import AXES, RunConfig
 from maxlm.hardware import compiler_options
+from maxlm.parallel.context import balanced_order
 from maxlm.parallel.memory import on_device
 from maxlm.parallel.sharding import BATCH
 from maxlm.resilience import RunStopped
@@ -119,6 +121,8 @@ def _stored_digests(state: TrainState) -> jax.Array:
 def _row_results(params: Any, batch: Batch, z_loss: float, chunks: int | str) -> jax.Array:
     """Digests of each row's hidden states and of its gradient at the embedding, uint32 [B, 4]."""
 
+    batch = balanced_order(batch)
+
     def objective(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         sums, _, hidden_BTD = loss_of_embedded(params, x_BTD, batch, z_loss=z_loss, chunks=chunks)
         return sums.loss, hidden_BTD
@@ -134,7 +138,7 @@ def _to_next_group(batch: Batch) -> Batch:
         parts, together = jax.lax.axis_size(BATCH), jax.lax.axis_size("expert")  # the last of BATCH: neighbours
         return jax.lax.ppermute(rows, BATCH, [(part, (part + together) % parts) for part in range(parts)])
 
-    return jax.shard_map(local, in_specs=P(BATCH, None), out_specs=P(BATCH, None))(batch)
+    return jax.shard_map(local, in_specs=P(BATCH, "context"), out_specs=P(BATCH, "context"))(batch)
 
 
 def _name(device: jax.Device) -> str:

@@ -70,10 +70,12 @@ def make_evaluator(config: RunConfig, mesh: Mesh) -> Callable[..., Evaluation | 
 
 
 def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This process's rows of a global batch as global arrays, [B, T], split over the batch axes."""
-    sharding = batch_sharding(mesh)
+    """This process's rows of a global batch, whole, as global arrays, [B, T], laid out by `batch_sharding`."""
+    sharding, (rows, length) = batch_sharding(mesh), batch["tokens"].shape
+    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    shape = (rows * parts // len(local_rows(mesh, parts)), length)
     return {
-        name: jax.make_array_from_process_local_data(sharding, batch[name])
+        name: jax.make_array_from_process_local_data(sharding, batch[name], shape)
         for name in ("tokens", "targets", "segment_ids", "positions")
     }
 
@@ -81,5 +83,5 @@ def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
 def local_rows(mesh: Mesh, global_batch_size: int) -> list[int]:
     """The rows of a global batch that this process's devices hold, in order. On a pod they need not be neighbours:
     the mesh follows the torus, not the numbering of hosts."""
-    held = batch_sharding(mesh).addressable_devices_indices_map((global_batch_size, 1)).values()
-    return sorted({row for rows, _ in held for row in range(global_batch_size)[rows]})
+    held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((global_batch_size,)).values()
+    return sorted({row for rows, in held for row in range(global_batch_size)[rows]})

@@ -9,6 +9,7 @@ from maxlm.config import MoEConfig
 from maxlm.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from maxlm.model import Transformer
 from maxlm.model.moe.load import Load
+from maxlm.parallel.context import balanced_order
 
 Batch = dict[str, jax.Array]
 
@@ -29,6 +30,7 @@ def summed_loss(model: Transformer, batch: Batch, *, z_loss: float, chunks: int 
 
     key: for what is random in training.
     """
+    batch = balanced_order(batch)
     x_BTD = model.embed(batch["tokens"])
     sums, load, _ = loss_of_embedded(model, x_BTD, batch, z_loss=z_loss, chunks=chunks, key=key)
     return sums, load
@@ -36,7 +38,7 @@ def summed_loss(model: Transformer, batch: Batch, *, z_loss: float, chunks: int 
 
 def loss_of_embedded(model: Transformer, x_BTD: jax.Array, batch: Batch, *, z_loss: float, chunks: int | str,
                      key: jax.Array | None = None) -> tuple[CrossEntropy, Load | None, jax.Array]:
-    """`summed_loss` of embedded tokens, and the final hidden states [B, T, D]."""
+    """`summed_loss` of embedded tokens, and the final hidden states [B, T, D], all in `balanced_order`."""
     x_BTD, load = model.hidden(x_BTD, batch["positions"], batch["segment_ids"], key)
     cap = model.config.logit_softcap
     sums = linear_cross_entropy(x_BTD, model.head_weight[...], batch["targets"], z_loss, cap, chunks)

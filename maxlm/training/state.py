@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from maxlm.config import RunConfig
 from maxlm.hardware import chip_of
-from maxlm.kernels.attention import choose_attention
+from maxlm.kernels.attention import choose_across, choose_attention
 from maxlm.kernels.grouped_matmul import choose_grouped_matmul
 from maxlm.model import Transformer, make_transformer
 from maxlm.model.block import Kernels
@@ -45,9 +45,14 @@ def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
     if (compute.offload_optimizer or config.remat.policy.endswith("offload")) and not has_host_memory(device):
         raise ConfigError(f"{device.device_kind} cannot read its host's memory: set compute.offload_optimizer=false, "
                           f"remat.policy={config.remat.policy.removesuffix('_offload')!r}")
+    across = "ring"
+    if config.mesh.context > 1:
+        across, attention, reason = choose_across(
+            compute.context_attention, attention, reason, seq_len=config.train.seq_len, context=config.mesh.context,
+            kv_heads=model.num_kv_heads // config.mesh.tensor, named=compute.attention != "auto")
     told = f"attention: {attention}, {reason}{_fp8_units(config, device)}"
     if not model.num_experts:
-        return Kernels(attention), told
+        return Kernels(attention, across=across), told
     grouped, reason = choose_grouped_matmul(compute.grouped_matmul, width=model.hidden_dim,
                                             expert_dim=model.expert_dim // config.mesh.tensor,
                                             eight_bit=isinstance(numerics.experts, Fp8), **where)
@@ -58,7 +63,7 @@ def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
         exchange = "ragged_all_to_all" if device.platform == "tpu" else "all_to_all"
     exchanged = f"{exchange} in 8 bits" if numerics.fp8_exchange else exchange
     ways = f"; {exchanged} between {config.mesh.expert} devices" if config.mesh.expert > 1 else ""
-    return Kernels(attention, grouped, exchange), f"{told}; experts: {grouped}, {reason}{ways}"
+    return Kernels(attention, grouped, exchange, across), f"{told}; experts: {grouped}, {reason}{ways}"
 
 
 def _fp8_units(config: RunConfig, device: jax.Device) -> str:

@@ -120,7 +120,7 @@ def split_rows(rows_BT: jax.Array, microbatches: int) -> jax.Array:
     size = batch // microbatches
     if not has_mesh():
         return rows_BT.reshape(size, microbatches, length).swapaxes(0, 1)
-    split = rows_BT.reshape(size, microbatches, length, out_sharding=spec(("batch", None, None), ACTIVATION))
+    split = rows_BT.reshape(size, microbatches, length, out_sharding=spec(("batch", None, "length"), ACTIVATION))
     return split.swapaxes(0, 1)
 
 

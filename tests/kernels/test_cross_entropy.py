@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 from maxlm.config import MeshConfig
 from maxlm.kernels.cross_entropy import linear_cross_entropy, num_chunks
 from maxlm.parallel.mesh import make_mesh
-from maxlm.parallel.sharding import BATCH, SHARD
+from maxlm.parallel.sharding import BATCH, SHARD, STREAM
 
-B, T, D, V = 8, 6, 16, 40
+B, T, D, V = 8, 8, 16, 40
 
 
 def inputs():
@@ -52,7 +52,7 @@ def furthest(got, expected):
     return max(np.abs(np.asarray(a) - b).max() / (1 + np.abs(b).max()) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("chunks", ["auto", 2, 6])
+@pytest.mark.parametrize("chunks", ["auto", 2, 8])
 @pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, 0.0), (0.1, 5.0)])
 def test_matches_the_textbook(z_loss, softcap, chunks):
     x, w, targets = inputs()
@@ -62,15 +62,14 @@ def test_matches_the_textbook(z_loss, softcap, chunks):
     assert furthest(ours(x, w, targets, z_loss, softcap, chunks), twin) > 1e-5
 
 
-@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=1, tensor=8)])
+@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(data=2, context=2, tensor=2), dict(fsdp=1, tensor=8)])
 def test_a_mesh_gives_the_same_sums_and_gradients(sizes):
     x, w, targets = inputs()
     expected = textbook(x, w, targets, 0.1, 5.0)
     mesh = make_mesh(MeshConfig(**sizes))
     with jax.set_mesh(mesh):
         put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))  # noqa: E731
-        rows = BATCH
-        got = ours(put(x, rows, None, None), put(w, "tensor", SHARD), put(targets, rows, None), 0.1, 5.0, 2)
+        got = ours(put(x, BATCH, STREAM, None), put(w, "tensor", SHARD), put(targets, BATCH, "context"), 0.1, 5.0, 2)
         assert furthest(got, expected) < 1e-6
         assert got[3].sharding.spec == P("tensor", SHARD)
 

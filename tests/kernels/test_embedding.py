@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 from maxlm.config import MeshConfig
 from maxlm.kernels.embedding import embedding_lookup, sum_by_row
 from maxlm.parallel.mesh import make_mesh
-from maxlm.parallel.sharding import BATCH, SHARD
+from maxlm.parallel.sharding import BATCH, SHARD, STREAM
 
-V, D, B, T = 16, 8, 8, 6
+V, D, B, T = 16, 8, 8, 8
 
 
 def inputs():
@@ -31,7 +31,8 @@ def value_and_gradient(table, tokens, weights, dtype):
     return rows, gradient
 
 
-@pytest.mark.parametrize("sizes", [None, dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=1, tensor=8)], ids=str)
+@pytest.mark.parametrize("sizes", [None, dict(fsdp=8), dict(data=2, context=2, tensor=2), dict(fsdp=1, tensor=8)],
+                         ids=str)
 def test_rows_and_gradient(sizes):
     table, tokens = inputs()
     weights = np.random.default_rng(1).normal(size=(B, T, D)).astype(np.float32)
@@ -43,10 +44,8 @@ def test_rows_and_gradient(sizes):
         mesh = make_mesh(MeshConfig(**sizes))
         with jax.set_mesh(mesh):
             put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))  # noqa: E731
-            batch = BATCH
-            rows, gradient = value_and_gradient(
-                put(table, "tensor", SHARD), put(tokens, batch, None), put(weights, batch, None, None), jnp.float32
-            )
+            rows, gradient = value_and_gradient(put(table, "tensor", SHARD), put(tokens, BATCH, "context"),
+                                                put(weights, BATCH, STREAM, None), jnp.float32)
             assert gradient.sharding.spec == P("tensor", SHARD)
     assert (np.asarray(rows) == table[tokens]).all()
     assert np.abs(np.asarray(gradient) - expected).max() < 1e-5

@@ -15,7 +15,7 @@ from maxlm.config import MeshConfig, ModelConfig, MoEConfig
 from maxlm.model.moe.layer import MoE
 from maxlm.numerics import FLOAT32, Fp8
 from maxlm.parallel.mesh import make_mesh
-from maxlm.parallel.sharding import BATCH, stored
+from maxlm.parallel.sharding import BATCH, STREAM, stored
 from tests.training.test_moe import emulated
 
 B, T, D, E, K = 8, 6, 16, 8, 2
@@ -61,7 +61,7 @@ def on_mesh(made: MoE, numerics=FLOAT32, **axes):
     x, g, ids = inputs()
     mesh = make_mesh(MeshConfig(**axes))
     with jax.set_mesh(mesh):
-        rows = lambda a: jax.device_put(a, jax.NamedSharding(mesh, P(BATCH)))  # noqa: E731
+        rows = lambda a: jax.device_put(a, jax.NamedSharding(mesh, P(BATCH, STREAM if a.ndim > 2 else "context")))  # noqa: E731
         made = jax.tree.map(jax.device_put, made, stored(made, mesh))
 
         def loss(made, x):
@@ -135,7 +135,7 @@ def apart(got, wanted):
 
 
 MESHES = [("tensor", dict(expert=4, tensor=2), "all_to_all"), ("row", dict(expert=2, fsdp=2, tensor=2), "all_to_all"),
-          ("tensor", dict(data=2, fsdp=4), "all_to_all"), ("row", dict(expert=4, data=2), "all_gather"),
+          ("tensor", dict(expert=2, fsdp=2, context=2), "all_to_all"), ("row", dict(expert=4, context=2), "all_gather"),
           ("tensor", dict(expert=2, fsdp=2, tensor=2), "all_gather"), ("row", dict(fsdp=4, tensor=2), "all_to_all")]
 
 
@@ -159,7 +159,7 @@ def jaxpr_of_gradients(made, numerics, **axes) -> str:
     mesh = make_mesh(MeshConfig(**axes))
     with jax.set_mesh(mesh):
         made = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), made, stored(made, mesh))
-        x, ids = (jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, P(BATCH)))
+        x, ids = (jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, P(BATCH, "context")))
                   for shape, dtype in (((B, T, D), jnp.float32), ((B, T), jnp.int32)))
         loss = lambda made, x, ids: jnp.sum(made(x, ids, numerics, None)[0])  # noqa: E731
         return str(jax.jit(jax.grad(loss, (0, 1))).trace(made, x, ids).jaxpr)

@@ -13,10 +13,10 @@ from maxlm.parallel.sharding import ACTIVATION, STORAGE, spec
 
 FP8_STEP = 2.0**-4  # half a unit in the last place of E4M3, relative; E5M2's is twice that
 CASES = {"attention in": ("BTD,DGRK->BTGRK", (4, 16, 32), (32, 2, 3, 8), ("embed", "kv_heads", None, None),
-                          ("batch", None, "kv_heads", None, None)),
+                          ("batch", "length", "kv_heads", None, None)),
          "attention out": ("BTHK,HKD->BTD", (4, 16, 4, 8), (4, 8, 32), ("heads", None, "embed"),
-                           ("batch", None, None)),
-         "mlp": ("BTD,DF->BTF", (4, 16, 32), (32, 64), ("embed", "mlp"), ("batch", None, "mlp"))}
+                           ("batch", "stream", None)),
+         "mlp": ("BTD,DF->BTF", (4, 16, 32), (32, 64), ("embed", "mlp"), ("batch", "length", "mlp"))}
 RECIPES = [Fp8(jnp.dtype("float32"), "tensor"), Fp8(jnp.dtype("float32"), "row"),
            Fp8(jnp.dtype("float32"), "tensor", power_of_two=True),
            Fp8(jnp.dtype("float32"), "tensor", scaled_operands=True)]
@@ -113,9 +113,9 @@ def test_a_mesh_gives_the_same_products(case, recipe):
     subscripts, x, w, dims, out = operands(case)
     g = np.random.default_rng(1).normal(size=np.einsum(subscripts, x, w).shape)
     want = products(recipe, subscripts, x, w, g, dims, out)
-    mesh = jax.make_mesh((2, 1, 2, 1, 1, 2), ("data", "stage", "fsdp", "expert", "context", "tensor"),
+    mesh = jax.make_mesh((1, 1, 2, 1, 2, 2), ("data", "stage", "fsdp", "expert", "context", "tensor"),
                          axis_types=(AxisType.Explicit,) * 6)
-    x_dims = ("batch", None, "heads", None) if case == "attention out" else ("batch", None, None)
+    x_dims = ("batch", "length", "heads", None) if case == "attention out" else ("batch", "stream", None)
     with jax.set_mesh(mesh):
         place = lambda a, layout: jax.device_put(jnp.asarray(a, jnp.float32), NamedSharding(mesh, layout))  # noqa: E731
         placed = (place(x, spec(x_dims, ACTIVATION)), place(w, spec(dims, STORAGE)), place(g, spec(out, ACTIVATION)))

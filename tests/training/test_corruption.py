@@ -59,7 +59,7 @@ def computing_wrongly(group, monkeypatch):
     monkeypatch.setattr(corruption, "row_digests", faulty)
 
 
-@pytest.mark.parametrize(("axes", "devices"), [({"data": 2, "fsdp": 2, "tensor": 2}, 8), ({}, 1)])
+@pytest.mark.parametrize(("axes", "devices"), [({"data": 2, "context": 2, "tensor": 2}, 8), ({}, 1)])
 def test_sound_devices_agree(axes, devices):
     checked(axes, devices, train={"grad_accumulation": 2})
 

@@ -38,7 +38,7 @@ def test_layers_that_stay_plain_are_bf16s():
 
 
 @pytest.mark.parametrize("how", [
-    dict(mesh=(("data", 2), ("fsdp", 2), ("tensor", 2))), pytest.param(dict(unroll="all"), marks=pytest.mark.slow)
+    dict(mesh=(("fsdp", 2), ("context", 2), ("tensor", 2))), pytest.param(dict(unroll="all"), marks=pytest.mark.slow)
 ], ids=["a mesh", "unrolled"])
 def test_how_it_is_computed_changes_rounding_alone(how):
     """The same model (another one is 0.4 away, above), and in 8 bits here too; tests/numerics compares closely."""

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from maxlm.config import MeshConfig
 from maxlm.parallel.mesh import make_mesh
 from maxlm.training.evaluate import Evaluation, make_evaluator, to_device
 from maxlm.training.metrics import MetricsWriter, plot_loss, read_rows
-from maxlm.training.state import init_state
-from tests.training.tiny import ROWS, host_batch, tiny_config
+from maxlm.training.state import abstract_state, init_state
+from tests.training.tiny import ROWS, host_batch, leaves, placed, tiny_config
 
 
 def write(run_dir, start, steps):
@@ -80,11 +81,14 @@ class Heldout:
 
 
 def test_bits_per_byte_is_the_computation_by_hand():
-    config = tiny_config(mesh=dict(fsdp=2), model=dict(num_layers=2), eval=dict(num_batches=0))
-    mesh = make_mesh(config.mesh, jax.devices()[:2])
+    config = tiny_config(mesh=dict(fsdp=2, context=2), model=dict(num_layers=2), eval=dict(num_batches=0))
+    mesh = make_mesh(config.mesh, jax.devices()[:4])
     with jax.set_mesh(mesh):
         params = init_state(config, mesh).params
         result = make_evaluator(config, mesh)(params, Heldout(), range(ROWS))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        params = placed(leaves(params), abstract_state(config, mesh).params)
         forward = jax.jit(lambda params, b: params(b["tokens"], b["positions"], b["segment_ids"]))
         hidden = [np.asarray(forward(params, to_device(batch, mesh)), np.float64) for batch in batches()]
     head = np.asarray(params.head_weight[...], np.float64)

@@ -18,10 +18,11 @@ EXPERTS = ("model.num_experts=8", "model.experts_per_token=2", "model.expert_dim
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(config, run directory, stderr) of a run on expert=4, whose buffers are far too small for an untrained router."""
+    """(config, run directory, stderr) of a run on expert=4 and context=2, whose buffers are far too small for an
+    untrained router."""
     folder = tmp_path_factory.mktemp("moe")
     path = write_config(folder / "tiny.py", prepared(folder / "data"))
-    words = [word for o in (*EXPERTS, "mesh.expert=4") for word in ("--set", o)]
+    words = [word for o in (*EXPERTS, "mesh.expert=4", "mesh.context=2") for word in ("--set", o)]
     code, _, error = command(["train", path, "--run-dir", folder / "run", *words])
     assert code == 0, error
     return apply_overrides(load_config(str(path)), list(EXPERTS)), folder / "run", error
@@ -51,13 +52,13 @@ def test_a_buffer_that_is_full_says_so_and_counts(made):
     assert all(np.isfinite(row["loss"]) for row in rows)
 
 
-@pytest.mark.parametrize("expert", [1, 2, 8])
-def test_a_checkpoint_of_expert_4_restores_elsewhere(made, expert):
+@pytest.mark.parametrize(("expert", "context"), [(1, 1), (2, 4), (8, 1)])
+def test_a_checkpoint_restores_elsewhere(made, expert, context):
     config, run, _ = made
     whole = restore_state(run / "checkpoints", 4, abstract_state(config, make_mesh(MeshConfig(), jax.devices()[:1])))
     bias = np.asarray(whole.params.layers_0.mlp.selection_bias[...])
     assert (np.abs(bias) > 0).any()
-    like = abstract_state(config, make_mesh(MeshConfig(expert=expert)))
+    like = abstract_state(config, make_mesh(MeshConfig(expert=expert, context=context)))
     there = restore_state(run / "checkpoints", 4, like)
     assert there.params.layers_0.mlp.gate[...].sharding.spec[1] == "expert"
     for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(whole), strict=True):

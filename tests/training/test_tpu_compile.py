@@ -21,7 +21,14 @@ mesh = make_mesh(config.mesh, topologies.get_topology_desc(platform="tpu", topol
 with jax.set_mesh(mesh):
     compiled = compile_step(config, mesh)
 text = compiled.as_text()
-print(json.dumps({"splash": "splash_mha" in text, "gathers": "all-gather" in text,
+sums, inside = [], ""
+for line in text.splitlines():
+    if line.endswith("{") and not line.startswith(" "):
+        inside = line.split()[0].lstrip("%")  # the name of a computation
+    if " all-reduce(" in line or " reduce-scatter(" in line:
+        sums.append([inside, line.split(" = ")[1].split("{")[0], "reduce-scatter(" in line])
+print(json.dumps({"splash": "splash_mha" in text, "gathers": "all-gather" in text, "sums": sums,
+                  "permutes": text.count(" collective-permute(") + text.count(" collective-permute-start("),
                   "arguments": compiled.memory_analysis().argument_size_in_bytes}))
 """
 SHAPE = {
@@ -32,17 +39,35 @@ SHAPE = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("topology", "tensor"), [("v5e:2x2", 1), ("v5p:2x2x1", 2)])
-def test_the_step_compiles_for_a_slice(topology, tensor):
+def compiled_for(topology, **sections):
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
     environment = {**os.environ, **quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu",
                    "PYTHONPATH": os.pathsep.join(sys.path)}
-    config = json.dumps({**SHAPE, "mesh": {"tensor": tensor}})
+    config = json.dumps({**SHAPE, **sections})
     done = subprocess.run([sys.executable, "-c", PROGRAM, topology, config], env=environment, capture_output=True,
                           text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
-    record = json.loads(done.stdout.splitlines()[-1])
-    assert record["splash"] and record["gathers"]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "mesh", "way"), [
+    ("v5e:2x2", {}, "auto"), ("v5p:2x2x1", {"tensor": 2}, "auto"), ("v5e:2x2", {"context": 4}, "auto"),
+    ("v5e:2x2", {"context": 4}, "ring"),
+])
+def test_the_step_compiles_for_a_slice(topology, mesh, way):
+    record = compiled_for(topology, mesh=mesh, train=SHAPE["train"] | {"seq_len": 1024},
+                          compute={"context_attention": way})
+    assert record["splash"] == (way != "ring") and (record["permutes"] > 16) == (way == "ring")
+    assert record["gathers"]
     parameters = 4096 * 512 + 2 * (512 * 4 * 4 * 64 + 512 * 512 + 3 * 512 * 1024)
     assert record["arguments"] < 1.1 * (3 * 4 * parameters) / 4, "parameters and moments are not split over the slice"
+
+
+@pytest.mark.slow
+def test_the_residual_stream_is_gathered_and_scattered_over_tensor():
+    """On TPU a reduce-scatter is an instruction, or a fusion that holds an all-reduce; no other sums activations."""
+    record = compiled_for("v5e:2x2", mesh={"context": 2, "tensor": 2}, train=SHAPE["train"] | {"seq_len": 1024})
+    activations = [name for name, shape, scatter in record["sums"] if shape == "bf16[4,512,512]" and not scatter]
+    assert activations and all(name.startswith("all-reduce-scatter") for name in activations)
+    assert len(activations) == 2 * 2 * 2  # layers, sublayers, forward and backward: gate and up are summed first

@@ -14,11 +14,13 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from maxlm.kernels.attention.choose import choose_attention
+from maxlm.kernels.attention.choose import choose_across, choose_attention
+from maxlm.kernels.attention.gathered import exchanged_attention, gathered_attention
 from maxlm.kernels.attention.reference import reference_attention
+from maxlm.kernels.attention.ring import ring_attention
 from maxlm.parallel.sharding import free_axes
 
-__all__ = ["attention", "choose_attention"]
+__all__ = ["attention", "choose_across", "choose_attention"]
 
 
 def attention(
@@ -30,6 +32,7 @@ def attention(
     window: int | None,
     softcap: float,
     implementation: str,
+    across: str = "ring",
     scale: float | None = None,
 ) -> jax.Array:
     """softmax(softcap(scale * q k^T) + mask) v, as out_BTHK in q's dtype.
@@ -38,28 +41,41 @@ def attention(
     query head h reads kv head h // (H/G). S equals T: this is training's attention, generation has its own cache.
     segment_ids_BT: int32, documents of a row numbered from 1 in increasing order, 0 for padding; what comes out at
     padding is finite and otherwise unspecified. scale defaults to K**-0.5. softcap 0 means none (arXiv:2408.00118).
-    implementation: a name from `choose_attention`.
+    implementation: a name from `choose_attention`; across: one from `choose_across`, where `context` splits the rows.
 
     What a remat policy must save for the backward pass not to run the kernel again (the result, and the softmax
     statistics of the fast paths) is named "attention" in here; naming the result once more would save it twice.
 
     Under a mesh of explicit axes every device attends to the rows and heads it holds, in a `shard_map` over the
-    sharding of q (batch and heads may be sharded, T and K may not). Raises ValueError where k, v or the segment
-    ids are laid out differently.
+    sharding of q (batch and heads may be sharded, T over `context` alone, K not at all). Raises ValueError where k, v
+    or the segment ids are laid out differently.
     """
-    local = partial(_local, window=window, softcap=softcap, implementation=implementation,
-                    scale=q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    how = {"window": window, "softcap": softcap, "scale": scale}
+    local = partial(_local, implementation=implementation, **how)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
         return local(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT)
     batch, length, heads, depth = jax.typeof(q_BTHK).sharding.spec
-    if length is not None or depth is not None:
-        raise ValueError(f"attention needs whole rows and heads on a device, q_BTHK is {jax.typeof(q_BTHK)}")
-    qkv = P(batch, None, heads, None)
+    if length not in (None, "context") or depth is not None:
+        raise ValueError(f"attention needs whole heads on a device, and whole rows or parts along mesh.context, q_BTHK "
+                         f"is {jax.typeof(q_BTHK)}")
+    qkv = P(batch, length, heads, None)
+    arguments, specs = (q_BTHK, k_BSGK, v_BSGK, segment_ids_BT), (qkv, qkv, qkv, P(batch, length))
+    if length is not None and mesh.shape[length] > 1:
+        if across == "all_gather" and implementation == "splash":
+            from maxlm.kernels.attention.tpu import gathered_splash, laid_out_kernel
+
+            kernel, layout = laid_out_kernel(q_BTHK, k_BSGK, window=window, softcap=softcap)
+            local, arguments, specs = partial(gathered_splash, scale=scale), (kernel, *arguments), (layout, *specs)
+        elif across == "all_to_all":
+            local = partial(exchanged_attention, attend=local)
+        else:
+            local = partial(ring_attention if across == "ring" else gathered_attention, **how)
     return jax.shard_map(
-        local, in_specs=(qkv, qkv, qkv, P(batch, None)), out_specs=qkv, axis_names=free_axes(),
+        local, in_specs=specs, out_specs=qkv, axis_names=free_axes(),
         check_vma=False,  # the kernels' outputs do not say over which axes they vary
-    )(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT)
+    )(*arguments)
 
 
 def _local(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, *, window, softcap, implementation, scale):

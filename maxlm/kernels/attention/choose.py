@@ -35,6 +35,50 @@ def choose_attention(
     raise ConfigError(f"compute.attention={requested!r} cannot run: {obstacle}; set it to 'auto' or 'reference'")
 
 
+def choose_across(requested: str, kernel: str, reason: str, *, seq_len: int, context: int, kv_heads: int,
+                  named: bool) -> tuple[str, str, str]:
+    """(way, kernel, reason) where `mesh.context`, above 1, splits the rows: how queries meet keys of other devices, and
+    the implementation that `attention` is then given.
+
+    requested: `compute.context_attention` of the config; kernel, reason: from `choose_attention`; kv_heads: those of a
+    device; named: whether the config asked for the kernel by name. 'auto' takes the way in which the kernel can serve:
+    gathered keys for splash, exchanged heads for cuDNN, a ring of plain JAX else. Raises ConfigError where heads cannot
+    be exchanged, or a kernel asked for by name cannot serve.
+    """
+    splits_heads = kv_heads % context == 0
+    if requested == "all_to_all" and not splits_heads:
+        raise ConfigError(f"compute.context_attention='all_to_all' cannot run: the {kv_heads} key heads of a device "
+                          f"are not a multiple of mesh.context={context}: set it to 'auto', or change either")
+    if requested != "auto":
+        way = requested
+    elif kernel == "splash":
+        way = "all_gather"
+    else:
+        way = "all_to_all" if kernel.startswith("cudnn") and splits_heads else "ring"
+    obstacle = _obstacle_in_parts(way, kernel, seq_len, context)
+    if obstacle and named:
+        raise ConfigError(f"compute.attention={kernel!r} cannot run with mesh.context={context}: {obstacle}; set it to "
+                          "'auto' or 'reference'")
+    if obstacle:
+        kernel, reason = "reference", f"{kernel} attention is not used because {obstacle}"
+        way = "ring" if requested == "auto" else way
+    told = {"ring": "in a ring of", "all_gather": "with keys gathered from", "all_to_all": "with heads exchanged by"}
+    return way, kernel, f"{reason}, {told[way]} {context} devices"
+
+
+def _obstacle_in_parts(way: str, kernel: str, seq_len: int, context: int) -> str | None:
+    if kernel == "reference" or way == "all_to_all":
+        return None
+    if kernel == "splash" and way == "all_gather":
+        if seq_len % (256 * context):
+            return f"it takes a train.seq_len in multiples of 256 * mesh.context = {256 * context} then, not {seq_len}"
+        return None
+    if kernel == "splash":
+        return "it has no backward pass over a part of the keys, which a ring takes (compute.context_attention)"
+    return ("it has no mask for a part of a row: that takes compute.context_attention='all_to_all', and key heads of a "
+            f"device in multiples of mesh.context={context}")
+
+
 def _obstacle(name, platform, head_dim, seq_len, softcap, compute_dtype, compute_capability) -> str | None:
     if name == "reference":
         return None

@@ -192,11 +192,12 @@ def _row_major(a: jax.Array) -> jax.Array:
 
 def _axes(layout, dims, *places):
     """The mesh axes that a weight's dims at `places` are split over."""
-    return tuple(layout[dims[place]] for place in places if layout[dims[place]]) if dims else ()
+    splits = [layout[dims[place]] or () for place in places] if dims else []
+    return tuple(axis for split in splits for axis in ((split,) if isinstance(split, str) else split))
 
 
 def _stored_split(dims):
-    """(dim, mesh axis) along which a weight is gathered for use."""
+    """(dim, mesh axes) along which a weight is gathered for use."""
     return next((place, STORAGE[dim]) for place, dim in enumerate(dims) if STORAGE[dim] != COMPUTE[dim])
 
 

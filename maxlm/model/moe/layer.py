@@ -26,7 +26,19 @@ from maxlm.model.moe.plan import by_row
 from maxlm.model.moe.router import choose, router_logits
 from maxlm.model.parameter import matrix
 from maxlm.numerics import Fp8, Numerics
-from maxlm.parallel.sharding import ACTIVATION, COMPUTE, STORAGE, free_axes, has_mesh, spec, split_over, use
+from maxlm.parallel.context import balanced_order
+from maxlm.parallel.sharding import (
+    ACTIVATION,
+    COMPUTE,
+    STORAGE,
+    free_axes,
+    has_mesh,
+    scattered_tokens,
+    spec,
+    split_over,
+    use,
+    whole_length,
+)
 
 MATRICES = ("gate", "up", "down")  # of each expert
 INTO, OUT = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")  # their dims
@@ -55,15 +67,16 @@ class MoE(nnx.Module):
                  key: jax.Array | None) -> tuple[jax.Array, Load]:
         """key: for the jitter; None (evaluation) leaves it out."""
         weights, layouts, stored = self._weights(numerics)
-        inputs = (x_BTD, self._jittered(x_BTD, key), segment_ids_BT)
+        whole_BTD = whole_length(x_BTD)
+        inputs = (whole_BTD, self._jittered(whole_BTD, key), segment_ids_BT)
         local = functools.partial(_local, config=self.config, numerics=numerics, kernel=self.kernel,
                                   exchange=self.exchange)
         if has_mesh():
-            rows = spec(("batch", None, None), ACTIVATION)
+            rows, out = (spec(("batch", length, None), ACTIVATION) for length in ("length", "stream"))
             out_BTD, load = jax.shard_map(
                 lambda inputs, weights: local(
                     *inputs, _varying(weights, layouts, stored, split_over(inputs[0])), sharded=True),
-                in_specs=((rows, rows, P(*rows[:2])), layouts), out_specs=(rows, P()), axis_names=free_axes(),
+                in_specs=((rows, rows, P(*rows[:2])), layouts), out_specs=(out, P()), axis_names=free_axes(),
             )(inputs, weights)
         else:
             out_BTD, load = local(*inputs, weights, sharded=False)
@@ -86,9 +99,9 @@ class MoE(nnx.Module):
         jitter = self.config.moe.jitter
         if not jitter or key is None:
             return x_BTD
-        layout = {"out_sharding": spec(("batch", None, None), ACTIVATION)} if has_mesh() else {}
+        layout = {"out_sharding": spec(("batch", "length", None), ACTIVATION)} if has_mesh() else {}
         draw_BTD = jax.random.uniform(key, x_BTD.shape, jnp.float32, 1 - jitter, 1 + jitter, **layout)
-        return x_BTD.astype(jnp.float32) * draw_BTD
+        return x_BTD.astype(jnp.float32) * balanced_order(draw_BTD)  # each token's draw is the same on any mesh
 
 
 def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, numerics, kernel, exchange, sharded):
@@ -106,10 +119,11 @@ def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, numerics, kern
     out_ND, lost = (EXCHANGES[exchange] if apart else stay)(
         *routed, serve, Room(moe.capacity_factor, moe.buffer_factor, GROUP_MULTIPLE[kernel]), config.num_experts,
         numerics.fp8_exchange)
+    out_BTD = out_ND.reshape(B, T, D)
     if sharded:
-        out_ND = jax.lax.psum(out_ND, "tensor")
+        out_BTD = scattered_tokens(out_BTD)
         lost = jax.lax.pmean(lost, "tensor")
-    return out_ND.reshape(B, T, D), measure_load(choice, logits_NE, real_N, lost, T, config, sharded)
+    return out_BTD, measure_load(choice, logits_NE, real_N, lost, T, config, sharded)
 
 
 def _varying(weights: dict[str, jax.Array], layouts: dict[str, P], stored: tuple[str, ...],

@@ -34,8 +34,9 @@ class Load(NamedTuple):
 def measure_load(choice: Choice, logits_NE: jax.Array, real_N: jax.Array, dropped: jax.Array, length: int,
                  model: ModelConfig, sharded: bool) -> Load:
     """Sums over this device's tokens, then (sharded) over the mesh. real_N: False for padding; dropped: how many
-    choices found no room; length: tokens of a row."""
+    choices found no room; length: tokens of a row that are here."""
     total = (lambda a: jax.lax.psum(a, split_over(logits_NE))) if sharded else (lambda a: a)
+    whole_rows = (lambda a: jax.lax.psum(a, "context")) if sharded else (lambda a: a)
     E, K = model.num_experts, model.experts_per_token
     hit_NE = jnp.sum(choice.expert_NK[:, :, None] == jnp.arange(E)[None, None], axis=1, dtype=jnp.float32)
     hit_NE = jnp.where(real_N[:, None], hit_NE, 0.0)
@@ -46,8 +47,9 @@ def measure_load(choice: Choice, logits_NE: jax.Array, real_N: jax.Array, droppe
         balance = E * jnp.sum(chosen_E / (count * K) * total(jnp.sum(score_NE, axis=0)) / count)
     else:  # each row of the batch by itself, weighted by its tokens
         hit_BE, score_BE = (jnp.sum(a.reshape(-1, length, E), axis=1) for a in (hit_NE, score_NE))
-        tokens_B = jnp.maximum(jnp.sum(real_N.reshape(-1, length), axis=1, dtype=jnp.float32), 1.0)
-        balance = total(E * jnp.sum(hit_BE * score_BE / tokens_B[:, None]) / K) / count
+        tokens_B = whole_rows(jnp.sum(real_N.reshape(-1, length), axis=1, dtype=jnp.float32))
+        share_BE = whole_rows(hit_BE) / jnp.maximum(tokens_B, 1.0)[:, None]
+        balance = total(E * jnp.sum(share_BE * score_BE) / K) / count
     square_N = jnp.square(jax.nn.logsumexp(logits_NE, axis=-1))
     scale_N = jnp.mean(jnp.square(logits_NE), axis=-1)
     z, scale = (total(jnp.sum(jnp.where(real_N, a, 0.0))) / count for a in (square_N, scale_N))
