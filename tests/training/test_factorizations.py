@@ -96,14 +96,14 @@ def away(mesh, way, jitter=None, **sections):
     """How far losses and states (Adam's moments hold all gradients) are from a single device's, at most.
 
     Where a token's experts have scores equal but for rounding it may take another, and from there on the two runs are
-    of different models: they are compared up to there, if that is a few tokens, and not in the first four steps."""
+    of different models: they are compared up to there, if that is a few tokens, and not in the first three steps."""
     stages = mesh.get("stage", 1)
     jitter = (JITTER if stages == 1 else 0.0) if jitter is None else jitter  # which each microbatch draws for itself
     layers = 1 + stages  # a dense one, and a sparse one a stage
     start, expected = single_device(layers, jitter)
     steps, worst = trained(settings(layers, jitter, mesh, way, **sections), DEVICES, start), 0.0
     for index, (ours, theirs) in enumerate(zip(steps, expected, strict=True)):
-        if 0 < np.abs(ours.chosen - theirs.chosen).sum() <= 8 and index >= 4:
+        if 0 < np.abs(ours.chosen - theirs.chosen).sum() <= 8 and index >= 3:
             break
         worst = max(worst, abs(ours.loss - theirs.loss), furthest(ours.state, theirs.state))
     return worst
