@@ -8,8 +8,8 @@ token takes 8, and one for all tokens.
 Attention is grouped-query attention (128 heads, 16 of keys and values), which stands in for multi-head latent attention
 until that is built, and there is no multi-token prediction. So there are 676B parameters, 42B of them active, where the
 model itself has 671B and 37B.
-Hardware: float32 parameters and AdamW moments are 8.1 TB. On v5p:8x8x8, as above, the step takes 54 of 103 GB a chip,
-and its compiled schedule could reach 46% MFU at the chip's peaks (docs/PODS.md has what holds it back).
+Hardware: float32 parameters and AdamW moments are 8.1 TB. On v5p:8x8x8, as above, the step takes 56 of 103 GB a chip,
+and its compiled schedule could reach 55% MFU at the chip's peaks (docs/PODS.md has what holds it back).
 How long: 14.8 trillion tokens, as published, are 235,000 steps of the largest batch.
 Reaches: not measured; none of these meshes has been run by us.
 

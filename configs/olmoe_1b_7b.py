@@ -4,14 +4,14 @@ of them active.
     maxlm data prepare TEXT... --out DATA --tokenizer tokenizer.json --seq-len 4096
     maxlm train configs/olmoe_1b_7b.py --run-dir SHARED/olmoe --set data.path=DATA --set mesh.expert=8
     maxlm bench configs/olmoe_1b_7b.py --set model.num_layers=8 --set train.global_batch_size=8 \\
-        --set compute.layer_unroll=all --set remat.policy=none                                   (one H200, no data)
+        --set compute.layer_unroll=all --set remat.policy=none                                   (one H100, no data)
 
 Hardware: float32 parameters and AdamW moments are 83 GB: two H200 or more, or from 8 v5p on. `mesh.expert` splits the
 experts (1, 2, 4, ... 64), `mesh.fsdp` takes the devices left. On v6e:4x4, 16 chips, with --set mesh.fsdp=16
 --set train.grad_accumulation=8 --set remat.policy=full the step takes 22 of 34 GB a chip; its compiled schedule could
-reach 24% MFU at the chip's peaks: passes over the experts' rows are most of it.
+reach 23% MFU at the chip's peaks: passes over the experts' rows are most of it.
 How long: the paper's 5.1 trillion tokens are 1.2 million steps; twenty tokens an active parameter are 6,300.
-Reaches: not measured yet. docs/MOE.md has the speed of its layer on an H200.
+Reaches: not measured yet. docs/MOE.md has the speed of its layer on an H100.
 
 Sources: arXiv:2409.02060, table 1 (router and losses), appendix B (shape, AdamW, schedule). It routes by softmax
 without normalising the weights, keeps load even by a loss over the batch, and drops no token.
