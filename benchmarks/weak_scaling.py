@@ -60,10 +60,11 @@ def draw(record: dict, path: Path) -> None:
     left.plot(chips, [gigabytes(p["collective_bytes_per_chip"]) for p in points], marker="o", label="analytic model")
     right.plot(chips, [p["mfu"] for p in points], marker="o", label="analytic model")
     compiled = [p for p in points if "compiled" in p]
-    left.plot([p["chips"] for p in compiled], [gigabytes(p["compiled"]["collective_bytes_per_chip"]) for p in compiled],
-              "x", markersize=10, label="compiled")
-    right.plot([p["chips"] for p in compiled], [p["compiled"]["mfu"] for p in compiled], "x", markersize=10,
-               label="compiled")
+    asked = [p["chips"] for p in compiled]
+    for axes, values in ((left, [gigabytes(p["compiled"]["collective_bytes_per_chip"]) for p in compiled]),
+                         (right, [p["compiled"]["mfu"] for p in compiled])):
+        if asked:
+            axes.plot(asked, values, "x", markersize=10, label="compiled")
     left.set(xscale="log", ylabel="collectives, GB sent by a chip a step", xlabel="v5p chips", ylim=(0, None))
     right.set(xscale="log", ylabel="MFU at the roofline (a bound)", xlabel="v5p chips", ylim=(0, 1))
     for axes in (left, right):
@@ -71,7 +72,7 @@ def draw(record: dict, path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(f"{record['recipe']}, {record['rows_per_chip']} sequences a chip")
+    figure.suptitle(f"{record['recipe']}, sequences a chip and step: {record['rows_per_chip']}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -79,7 +80,7 @@ def draw(record: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="llama3_70b")
-    parser.add_argument("--rows-per-chip", type=int, default=4, help="sequences a chip and step (default: 4)")
+    parser.add_argument("--rows-per-chip", type=int, default=1, help="sequences a chip and step (default: 1)")
     parser.add_argument("--compile", type=int, nargs="*", default=[64, 512, 4096], metavar="CHIPS")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plot", type=Path)

@@ -6,7 +6,10 @@
 
 Hardware: float32 parameters and AdamW moments are 4.9 TB, and with full rematerialisation each sequence of 8192 that a
 chip works on keeps 34 GB of layer inputs there.
-HARDWARE_TABLE
+For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule could reach at the chip's peaks)
+    v5p:8x8x16, 1,024 chips     --set mesh.fsdp=128 --set mesh.tensor=8 --set train.grad_accumulation=16 \\
+                                --set remat.policy=names                                               78 of 103, 67%
+It does not fit 256 v6e (33 GB each): parameters and moments alone are 19 GB a chip there, layer inputs 34 GB.
 How long: the released weights saw 15.6T tokens, 930,000 steps of 16.8M.
 Reaches: not measured; none of these meshes has been run by us.
 

@@ -1,14 +1,17 @@
 """The shape of Llama 3 70B: 80 layers of width 8192, 70,553,706,496 parameters, for pods.
 
+    maxlm plan configs/llama3_70b.py --topology v5p:4x8x8                                  (what to --set; no chip)
     maxlm data prepare TEXT... --out DATA --tokenizer tokenizer.json --seq-len 8192
     maxlm train configs/llama3_70b.py --run-dir SHARED/llama3_70b --set data.path=DATA
 
 Hardware: float32 parameters and AdamW moments are 847 GB, split over `mesh.fsdp` and `mesh.tensor`. With full
 rematerialisation each sequence of 8192 that a chip works on keeps 10.7 GB of layer inputs there, so how many those
 are at once, batch / (mesh.data * mesh.fsdp * train.grad_accumulation), decides what fits.
-For example (GB a chip of the step compiled ahead of time, libtpu 0.0.52)
-    v5p, 256 chips (4x8x8)      --set mesh.fsdp=64 --set mesh.tensor=4 --set train.grad_accumulation=4       56 of 102
-    v6e, 256 chips (16x16)      --set mesh.fsdp=256 --set train.grad_accumulation=4                          28 of 34
+For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule could reach at the chip's peaks)
+    v5p:4x8x8, 256 chips        --set mesh.fsdp=64 --set mesh.tensor=4 --set train.grad_accumulation=4   57 of 103, 63%
+        the same with --set mesh.fsdp=128 --set mesh.tensor=2 --set train.grad_accumulation=8 \\
+                      --set remat.policy=names                                                       67 of 103, 72%
+    v6e:16x16, 256 chips        --set mesh.fsdp=256 --set train.grad_accumulation=4                      30 of 34, 51%
     four v5p slices of 256      --set mesh.data=4 --set mesh.fsdp=64 --set mesh.tensor=4
     64 H200                     --set mesh.fsdp=64 --set train.grad_accumulation=4
 How long: 168,000 steps of 8.4M tokens are 1.4 trillion tokens, twenty a parameter (arXiv:2203.15556). At the

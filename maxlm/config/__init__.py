@@ -135,7 +135,12 @@ class TrainConfig:
 class OptimizerConfig:
     """`adamw` (Loshchilov & Hutter, arXiv:1711.05101), or `muon` (Jordan et al. 2024) on the layers' matrices with
     AdamW on everything else. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982,
-    section 2.2), so one learning rate serves both. Weight decay is decoupled and skips norm gains."""
+    section 2.2), so one learning rate serves both. Weight decay is decoupled and skips norm gains.
+
+    mu_dtype, nu_dtype: what the first and the second moment are stored in; they are computed in float32. float8 is a
+    byte a value and one a block of up to 128 (training/moments.py), always rounded stochastically. stochastic_rounding:
+    bfloat16 moments are rounded so too.
+    """
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-4
@@ -144,8 +149,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # global gradient norm; 0 means no clipping
-    mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    nu_dtype: Literal["float32", "bfloat16"] = "float32"
+    mu_dtype: Literal["float32", "bfloat16", "float8"] = "float32"
+    nu_dtype: Literal["float32", "bfloat16", "float8"] = "float32"
+    stochastic_rounding: bool = False
     muon_momentum: float = 0.95
 
     def __post_init__(self) -> None:
@@ -154,6 +160,8 @@ class OptimizerConfig:
         not_negative("optimizer", weight_decay=self.weight_decay, clip_norm=self.clip_norm)
         for name in ("b1", "b2", "muon_momentum"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+        require(not self.stochastic_rounding or "bfloat16" in (self.mu_dtype, self.nu_dtype),
+                "optimizer.stochastic_rounding is for bfloat16 moments: set mu_dtype or nu_dtype so, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -298,6 +306,10 @@ class RunConfig:
             f"model.parametrization.name={self.model.parametrization.name!r} is for optimizer.name='adamw': set it to "
             "'standard', or the optimizer to adamw",
         )
+        require(
+            self.model.num_experts > 0 or not self.precision.fp8_exchange,
+            "precision.fp8_exchange is for models with experts, and model.num_experts=0: leave it out",
+        )
         for name in ("plain_first_layers", "plain_last_layers"):
             count, pattern = getattr(self.precision, name), len(self.model.layer_pattern)
             require(
@@ -305,6 +317,12 @@ class RunConfig:
                 f"precision.{name}={count} must be a multiple of the {pattern} layers of model.layer_pattern, up to "
                 f"model.num_layers={self.model.num_layers}",
             )
+        require(
+            self.precision.recipe != "fp8_block" or not self.model.num_experts or "experts" not in
+            self.precision.fp8_sites,
+            "precision.recipe='fp8_block' has no products of experts: set precision.fp8_sites=attention,mlp, or the "
+            "recipe to fp8 or fp8_rowwise",
+        )
         if self.mesh.stage > 1:
             self._check_pipeline()
         chunks = self.compute.loss_chunks

@@ -10,20 +10,23 @@ from maxlm.schema import check_types, not_negative, require
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Dtype of activations and of the operands of matrix products. Parameters and optimizer state are float32 in every
-    recipe. Products of float32 run as the backend does by default, which is TF32 on NVIDIA GPUs; under bf16 weight
-    gradients are summed over devices in bfloat16 and added to float32 masters.
+    """Dtype of activations and of the operands of matrix products. Parameters are float32 in every recipe; optimizer
+    state is what `optimizer` says. Products of float32 run as the backend does by default, which is TF32 on NVIDIA
+    GPUs; under bf16 weight gradients are summed over devices in bfloat16 and added to float32 masters.
 
-    fp8, fp8_rowwise: bf16, with the products at `fp8_sites` in 8 bits (docs/FP8.md): one scale a tensor, or one a row.
-    The first `plain_first_layers` and the last `plain_last_layers` stay in bf16. power_of_two_scales: scales are
-    rounded down to powers of two, which makes scaling exact.
+    fp8, fp8_rowwise, fp8_block: bf16, with the products at `fp8_sites` in 8 bits (docs/FP8.md): one scale a tensor, one
+    a row, or one a block (1x128 activations by 128x128 weights). The first `plain_first_layers` and the last
+    `plain_last_layers` stay in bf16. power_of_two_scales: scales are rounded down to powers of two, which makes scaling
+    exact; those of blocks always are. fp8_exchange: tokens travel to experts on other
+    devices in 8 bits, and gradients of their results (docs/MOE.md).
     """
 
-    recipe: Literal["float32", "bf16", "fp8", "fp8_rowwise"] = "bf16"
+    recipe: Literal["float32", "bf16", "fp8", "fp8_rowwise", "fp8_block"] = "bf16"
     fp8_sites: tuple[Literal["attention", "mlp", "experts"], ...] = ("attention", "mlp", "experts")
     plain_first_layers: int = 0
     plain_last_layers: int = 0
     power_of_two_scales: bool = False
+    fp8_exchange: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "precision")

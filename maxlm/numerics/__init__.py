@@ -17,22 +17,29 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from maxlm.config import PrecisionConfig
+from maxlm.numerics.blocked import Fp8Blocks
 from maxlm.numerics.fp8 import Fp8
 from maxlm.numerics.plain import Plain
 
-__all__ = ["FLOAT32", "Fp8", "Numerics", "Plain", "numerics_of"]
+__all__ = ["FLOAT32", "Fp8", "Fp8Blocks", "Numerics", "PRODUCTS", "Plain", "numerics_of"]
+
+PRODUCTS = ("forward", "input_gradient", "weight_gradient")  # a product in 8 bits is compiled under 'fp8_' and its name
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """The products of each site. Those of the first and last layers may stay in the compute dtype."""
+    """The products of each site. Those of the first and last layers may stay in the compute dtype.
+
+    fp8_exchange: whether tokens travel to experts on other devices in 8 bits (model/moe/exchange.py).
+    """
 
     dtype: jnp.dtype
-    attention: Plain | Fp8
-    mlp: Plain | Fp8
+    attention: Plain | Fp8 | Fp8Blocks
+    mlp: Plain | Fp8 | Fp8Blocks
     experts: Plain | Fp8
     plain_first_layers: int = 0
     plain_last_layers: int = 0
+    fp8_exchange: bool = False
 
     def spans(self, first: int, last: int, num_layers: int) -> Iterator[tuple[int, int, Numerics]]:
         """Layers [first, last) of `num_layers` as runs of equal numerics: (first, the one after the last, numerics)."""
@@ -60,10 +67,14 @@ _SCALING = {"fp8": "tensor", "fp8_rowwise": "row"}
 def numerics_of(precision: PrecisionConfig, platform: str = "cpu") -> Numerics:
     """Those of a run's `precision` on a platform of JAX."""
     dtype = jnp.dtype("float32" if precision.recipe == "float32" else "bfloat16")
-    if precision.recipe not in _SCALING:
+    if not precision.recipe.startswith("fp8"):
         return _plain(dtype)
-    scaling = _SCALING[precision.recipe]
-    product = Fp8(dtype, scaling, precision.power_of_two_scales, platform == "gpu" and scaling == "tensor")
-    return dataclasses.replace(_plain(dtype), **{site: product for site in precision.fp8_sites},
+    sites = precision.fp8_sites
+    if precision.recipe == "fp8_block":  # which has no products of experts, and config says so
+        product, sites = Fp8Blocks(dtype), tuple(site for site in sites if site != "experts")
+    else:
+        scaling = _SCALING[precision.recipe]
+        product = Fp8(dtype, scaling, precision.power_of_two_scales, platform == "gpu" and scaling == "tensor")
+    return dataclasses.replace(_plain(dtype), **{site: product for site in sites},
                                plain_first_layers=precision.plain_first_layers,
-                               plain_last_layers=precision.plain_last_layers)
+                               plain_last_layers=precision.plain_last_layers, fp8_exchange=precision.fp8_exchange)

@@ -136,7 +136,8 @@ def _product(recipe: Fp8, contracted: int, out: P | None, layout: P | None, x: j
 def _forward(recipe, contracted, out, layout, x, w):
     x8 = quantise(x, FORWARD, range(x.ndim - contracted, x.ndim), recipe)
     w8 = quantise(w, FORWARD, range(contracted), recipe).gathered(layout)
-    y = product(recipe, x8.whole_length(), w8.turned(contracted), contracted, recipe.dtype, out)
+    with jax.named_scope("fp8_forward"):
+        y = product(recipe, x8.whole_length(), w8.turned(contracted), contracted, recipe.dtype, out)
     # A scale a row belongs to one product: the backward pass then starts again from what was given.
     return y, (x8, w8, w) if recipe.scaling == "tensor" else (x, None, w)
 
@@ -148,10 +149,12 @@ def _backward(recipe, contracted, out, layout, kept, g):
     g8 = quantise(g, BACKWARD, range(batch, g.ndim), recipe).whole_length()
     if recipe.scaling == "row":
         w8 = quantise(w, FORWARD, range(contracted, w.ndim), recipe).gathered(layout)
-    dx = product(recipe, g8, w8, produced, recipe.dtype, x_layout)
+    with jax.named_scope("fp8_input_gradient"):
+        dx = product(recipe, g8, w8, produced, recipe.dtype, x_layout)
     if recipe.scaling == "row":
         x, g8 = quantise(x, FORWARD, range(batch), recipe), quantise(g, BACKWARD, range(batch), recipe).whole_length()
-    dw = product(recipe, x.whole_length().turned(batch), g8.turned(batch), batch, jnp.float32, layout)
+    with jax.named_scope("fp8_weight_gradient"):
+        dw = product(recipe, x.whole_length().turned(batch), g8.turned(batch), batch, jnp.float32, layout)
     return dx, dw if layout is None else jax.sharding.reshard(dw, w_layout)
 
 

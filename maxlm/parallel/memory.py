@@ -13,20 +13,22 @@ from jax.sharding import NamedSharding
 HOST = "pinned_host"
 
 
-def on_device(tree: Any, after: jax.Array | None = None) -> Any:
-    """The arrays of `tree` in their devices' memory; those that are there stay. For use inside `jax.jit`.
+def on_device(tree: Any) -> Any:
+    """The arrays of `tree` in their devices' memory; those that are there stay. For use inside `jax.jit`."""
+    return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device) if _on_host(a) else a, tree)
 
-    after: a value without which none is fetched, so that they do not fill the memory that others still need.
-    """
 
-    def one(a: jax.Array) -> jax.Array:
-        if jax.typeof(a).memory_space != jax.memory.Space.Host:
-            return a
-        if after is not None:
-            a, _ = jax.lax.optimization_barrier((a, after))
-        return jax.device_put(a, jax.memory.Space.Device)
+def like(before: Any, tree: Any) -> Any:
+    """The arrays of `tree` in the memories where those of `before`, of the same structure, are."""
+    return jax.tree.map(lambda a, now: jax.device_put(now, jax.memory.Space.Host) if _on_host(a) else now, before, tree)
 
-    return jax.tree.map(one, tree)
+
+def any_on_host(tree: Any) -> bool:
+    return any(map(_on_host, jax.tree.leaves(tree)))
+
+
+def _on_host(a: jax.Array) -> bool:
+    return jax.typeof(a).memory_space == jax.memory.Space.Host
 
 
 def on_host(shardings: Any) -> Any:

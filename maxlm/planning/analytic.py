@@ -26,7 +26,10 @@ from maxlm.planning.work import (
 )
 
 LOGITS_BYTES, LOGITS_COPIES = 2**31, 2.5  # a chunk at most (kernels/cross_entropy.py); logits, exponentials, gradient
-MOMENT_BYTES = {"float32": 4, "bfloat16": 2}
+# A scan without remat keeps every intermediate that the backward pass could use, float32 ones too: 2.7 times what the
+# unrolled layers keep of llama3_70b, 2.1 times of mixtral_8x7b (compiled for v5p; docs/LOG.md, 2026-11-25).
+SCAN_KEEPS = 2.5
+MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1.01}
 # Of a gather's or scatter's time, the part that shows. TPUs: read from the schedules of compiled steps, where v5e alone
 # gathers beside its products (docs/LOG.md, 2026-11-25); GPUs: the latency-hiding scheduler runs most of it so.
 EXPOSED = {"TPU v5e": 0.8}
@@ -164,7 +167,8 @@ def _memory(config: RunConfig, share: Share, axes: Mapping[str, int]) -> dict[st
     moments = MOMENT_BYTES[optimizer.mu_dtype] + MOMENT_BYTES[optimizer.nu_dtype]
     kept = sum(count * _kept_numbers(config, sparse, share) for count, sparse, _ in layers_of(model))
     once = max(_layer_numbers(config, sparse, share) for _, sparse, _ in layers_of(model))
-    activations = HALF * share.tokens * kept
+    scanned = config.remat.policy == "none" and config.compute.layer_unroll != "all"
+    activations = HALF * share.tokens * kept * (SCAN_KEEPS if scanned else 1.0)
     again = HALF * share.tokens * once if config.remat.policy != "none" else 0.0
     logits = min(FULL * share.tokens * model.vocab_size / share.tensor, LOGITS_BYTES) * LOGITS_COPIES
     table = model.vocab_size * model.hidden_dim / share.tensor
@@ -186,9 +190,9 @@ def _kept_numbers(config: RunConfig, sparse: bool, share: Share) -> float:
     tensor = share.tensor
     width, heads = model.hidden_dim / share.stream, model.num_heads * model.head_dim
     keys = 2 * model.num_kv_heads * model.head_dim
-    units = (model.experts_per_token * model.expert_dim + model.moe.shared_experts * model.expert_dim
-             if sparse else model.mlp_dim)
-    rows = model.experts_per_token * model.hidden_dim if sparse else 0.0
+    room = _room(config, share) * model.experts_per_token
+    units = room * model.expert_dim + model.moe.shared_experts * model.expert_dim if sparse else model.mlp_dim
+    rows = room * model.hidden_dim if sparse else 0.0
     into = units * (1 if model.activation == "gelu" else 2)
     # fp8 keeps its products' operands in 8 bits, but attention's output, which attention keeps in 16, twice.
     in_8_bits = (2 * width + (units - heads) / tensor) / 2 if config.precision.recipe == "fp8" and not sparse else 0.0
@@ -201,18 +205,23 @@ def _kept_numbers(config: RunConfig, sparse: bool, share: Share) -> float:
 
 
 def _layer_numbers(config: RunConfig, sparse: bool, share: Share) -> float:
-    """Numbers a token of one layer whose forward pass is done again, with their gradients. Rows that experts have room
-    for: all that may come, or what the config bounds."""
+    """Numbers a token of one layer whose forward pass is done again, with their gradients."""
     model, tensor = config.model, share.tensor
     width, heads = model.hidden_dim, model.num_heads * model.head_dim
     keys = 2 * model.num_kv_heads * model.head_dim
     units = model.mlp_dim * 3
     rows = 0.0
     if sparse:
-        room = 1.0 if share.expert == 1 else model.moe.buffer_factor or model.moe.capacity_factor or share.expert
-        rows = 1.6 * model.experts_per_token * (2 * width + 3 * model.expert_dim / tensor) * room
+        rows = 1.6 * _room(config, share) * model.experts_per_token * (2 * width + 3 * model.expert_dim / tensor)
         units = 3 * model.moe.shared_experts * model.expert_dim
     return 1.5 * (4 * width + (2 * heads + keys + units) / tensor + rows)
+
+
+def _room(config: RunConfig, share: Share) -> float:
+    """Rows that a device's experts have room for, over those that an even load brings: without a bound, all that the
+    devices of `expert` can send."""
+    moe = config.model.moe
+    return 1.0 if share.expert == 1 else moe.buffer_factor or moe.capacity_factor or float(share.expert)
 
 
 def _layer_parameters(config: RunConfig, share: Share) -> float:

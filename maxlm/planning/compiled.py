@@ -50,7 +50,7 @@ class CompileError(ConfigError):
     """The step does not compile for its target; one line says why."""
 
 
-def compile_for(config: RunConfig, target: Target, *, codegen: bool = False, timeout: float = 3600) -> Compiled:
+def compile_for(config: RunConfig, target: Target, *, codegen: bool = False) -> Compiled:
     """Compiles the step in a child process, so that this one never starts an accelerator runtime. A step that does not
     fit is an answer too: what it would need, and its program as far as the compiler took it.
 
@@ -62,7 +62,7 @@ def compile_for(config: RunConfig, target: Target, *, codegen: bool = False, tim
         (folder / REQUEST).write_text(json.dumps(request))
         clock = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "maxlm.planning.child", str(folder)], capture_output=True,
-                              text=True, env=_environment(target, folder), timeout=timeout)
+                              text=True, env=_environment(target, folder))
         if done.returncode == USER_MISTAKE:
             raise ConfigError(done.stderr.strip().splitlines()[-1])
         if done.returncode and (needed := _TOO_LARGE.search(done.stderr)):

@@ -21,6 +21,7 @@ NO_WORK = frozenset({"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBo
                      "AsyncCollectiveDone", "Sharding"})
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
+_RAGGED = re.compile(r'"is_ragged_dot":true,"num_groups_in_ragged_dot":"(\d+)"')
 _SLICING = ("dynamic-slice", "slice", "gather")
 # Products that splash attention's kernels make of each visible pair of blocks, of T x T x head_dim each: forward scores
 # and output; in its gradients scores again, dp, dq; scores, dp, dv and dk. One kernel makes all five where it can.
@@ -53,18 +54,26 @@ class Costs:
             return Cost()
         if node.opcode == "fusion":
             inner = self.module.computations[node.called[0]]
-            work = self._products(inner)
+            work = self._fused(node)
             return work + Cost(bytes=self._fusion_bytes(computation, node, inner))
         work = self._product(computation, node)
         return work + Cost(bytes=self._plain_bytes(computation, node))
+
+    def _fused(self, node: Instruction) -> Cost:
+        """All that a fusion multiplies. One form of `ragged_dot` is a product with every group's matrix, of which the
+        kernel skips all rows but each group's own."""
+        work, groups = self._products(self.module.computations[node.called[0]]), _RAGGED.search(node.attributes)
+        if groups is None:
+            return work
+        used = self.rows_used / int(groups[1])
+        return Cost(used * work.flops, used * work.unit_flops, work.bytes)
 
     def _products(self, computation: Computation) -> Cost:
         """All that a fused computation multiplies, fusions inside it included."""
         if computation.name not in self._inner:
             total = Cost()
             for node in computation:
-                total += self._products(self.module.computations[node.called[0]]) if node.opcode == "fusion" else (
-                    self._product(computation, node))
+                total += self._fused(node) if node.opcode == "fusion" else self._product(computation, node)
             self._inner[computation.name] = total
         return self._inner[computation.name]
 

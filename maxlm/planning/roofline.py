@@ -105,18 +105,25 @@ class _Player:
             self._wait(node, collective)
         elif role == "start":
             self._start(node, collective)
+        elif role == "none":
+            return
         elif collective is not None:
             self._hold(collective)
         else:
             self._work(node)
 
     def _role(self, node: Instruction) -> tuple[str, Collective | None]:
-        """What `node` is to a collective or a copy: its 'start', its 'end', or '' for all of one, or for none."""
+        """What `node` is to a collective or a copy: its 'start', its 'end', 'none' of these and no work, or '' for all
+        of one, or for plain work."""
         if node.opcode == "send" and (collective := self.roofline.traffic.between_slices(self.computation, node)):
             return "start", collective
         if node.opcode.endswith("-done"):
             return "end", None
-        if node.opcode.endswith("-start") or node.opcode == "async-start":
+        if node.opcode == "async-update":
+            return self._update(node)
+        if node.opcode == "async-start" and not node.operands:
+            return "none", None  # on a SparseCore: it gets its operands, and begins, with its update
+        if node.opcode.endswith("-start"):
             return "start", self._collective_in(node)
         if node.opcode == "fusion":
             inner = self.roofline.module.computations[node.called[0]]
@@ -133,18 +140,32 @@ class _Player:
             return "", collective
         return "", self._collective_in(node)
 
+    def _update(self, node: Instruction) -> tuple[str, Collective | None]:
+        begun = self.computation[node.operands[0]]
+        if begun.opcode == "async-start" and not begun.operands:
+            return "start", self._collective_in(begun)
+        if begun.name in self.ending:
+            self.ending[node.name] = self.ending.pop(begun.name)
+        return "none", None
+
     def _collective_in(self, node: Instruction) -> Collective | None:
         """The collective that `node` is, or that the computation it calls holds."""
-        traffic, module = self.roofline.traffic, self.roofline.module
         if node.opcode.removesuffix("-start") in KINDS:
-            return traffic.of(self.computation, node)
+            return self.roofline.traffic.of(self.computation, node)
         if node.opcode in ("fusion", "async-start"):
-            inner = module.computations[node.called[0]]
-            for member in inner:
-                if member.opcode in KINDS:
-                    starts = node.opcode == "async-start" or any(
-                        "AsyncCollectiveStart" in i.attributes for i in inner if i.opcode == "custom-call")
-                    return traffic.of(inner, member, asynchronous=starts)
+            return self._held(self.roofline.module.computations[node.called[0]], node.opcode == "async-start")
+        return None
+
+    def _held(self, computation: Computation, asynchronous: bool) -> Collective | None:
+        """The collective that a computation holds, or one that it calls."""
+        starts = asynchronous or any(
+            "AsyncCollectiveStart" in i.attributes for i in computation if i.opcode == "custom-call")
+        for member in computation:
+            if member.opcode in KINDS:
+                return self.roofline.traffic.of(computation, member, asynchronous=starts)
+            for name in member.called if asynchronous else ():
+                if found := self._held(self.roofline.module.computations[name], asynchronous):
+                    return found
         return None
 
     def _start(self, node: Instruction, collective: Collective | None) -> None:
@@ -168,6 +189,8 @@ class _Player:
         if node.opcode == "copy-start":
             target, source = node.shapes[0], node.shapes[1]
             return target.bytes * ((not target.space) + (not source.space))
+        if node.opcode == "async-update":
+            node = self.computation[node.operands[0]]
         if node.opcode != "async-start":
             return 0.0
         inner = self.roofline.module.computations[node.called[0]]

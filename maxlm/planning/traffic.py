@@ -121,8 +121,8 @@ def _payload(computation: Computation, node: Instruction, kind: str) -> float:
         if node.opcode.endswith("-start"):  # (operands, results)
             result = node.shapes[len(node.shapes) // 2 :]
         return sum(shape.bytes for shape in result)
-    if kind == "ragged-all-to-all":  # rows to send; the room for what may come is larger
-        return computation[node.operands[0]].shape.bytes
+    if kind == "ragged-all-to-all":  # of what is sent and where it arrives, one is room for more than an even load
+        return min(computation[node.operands[0]].shape.bytes, computation[node.operands[1]].shape.bytes)
     return sum(shape.bytes for shape in into)
 
 

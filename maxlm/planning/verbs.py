@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,8 +56,6 @@ def compile_step(arguments: argparse.Namespace) -> None:
 
 def plan_step(arguments: argparse.Namespace) -> None:
     """Prints the ranked table and writes it as JSON. Raises ConfigError where nothing can fit, saying what would."""
-    import sys
-
     from maxlm.overrides import apply_overrides, load_config
     from maxlm.planning.plan import plan, ranked
     from maxlm.planning.report import write_atomically

@@ -78,7 +78,7 @@ def layer_parts(config: RunConfig, share: Share, *, sparse: bool, window: int | 
     projections = 2.0 * tokens * width * (2 * heads + keys) / tensor
     visible = mean_visible_keys(config.train.seq_len, window or config.train.seq_len)
     attention = 4.0 * tokens * heads * visible / tensor
-    fp8 = config.precision.recipe.startswith("fp8")
+    fp8 = config.precision.recipe in ("fp8", "fp8_rowwise")  # blocks are multiplied in bfloat16
     site = lambda name: "fp8" if fp8 and name in config.precision.fp8_sites else "gemm"  # noqa: E731
     parts = [
         Part("attention projections", site("attention"), projections, 2 * projections),

@@ -16,7 +16,7 @@ UTILISATION = 0.3  # of a peak, where nobody says what a device reaches; small m
 LOGITS_BYTES = 2**31  # of a chunk at most (kernels/cross_entropy.py)
 LOGITS_COPIES = 2.5  # logits, their exponentials, their gradient in the compute dtype
 SPARE = 0.92  # of a device's memory that a program can have
-BYTES = {"float32": 4, "bfloat16": 2, "bf16": 2, "fp8": 2, "fp8_rowwise": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float8": 1.01, "bf16": 2, "fp8": 2, "fp8_rowwise": 2, "fp8_block": 2}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ the fit itself and thousands of bootstrap replicates of it (`theta` [replicates,
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -17,11 +18,12 @@ import numpy as np
 from maxlm.scaling.laws import TARGET, Law, Natural
 from maxlm.scaling.runs import FLOPS_PER_PARAM_TOKEN, Runs
 from maxlm.scaling.solver import DELTA, Solutions, float64_on_cpu, solve
-from maxlm.schema import ConfigError, require
+from maxlm.schema import require
 
 CLOSEST, EVERY = 128, 8  # of the start grid, ordered by how close it is: so many, and one in so many of all, are run
 SAME_OPTIMUM = 1e-6
 QUADRATIC = 1e9  # a delta that no residual reaches: least squares
+SAME_INPUT = 1 - 1e-6  # a correlation of logarithms beyond it
 MIN_SPREAD = 1.1  # largest over smallest value of an input below which its exponent cannot be seen
 STEEPEST = 10  # an exponent beyond it describes a step between two groups of runs
 FAR = 60.0  # the widest allocation looked at, in units of log(params), on each side of the data
@@ -188,10 +190,21 @@ def check_design(law: Law, runs: Runs) -> None:
         spread = float(runs.columns["flops"].max() / runs.columns["flops"].min())
         require(spread >= 2, f"{law.name} needs runs of more than one budget: the FLOPs of these span a factor of "
                              f"{spread:.3g}; add runs with other budgets")
-        logs = np.log([runs.columns[name] for name in law.inputs])
-        if abs(np.corrcoef(logs)[0, 1]) > 1 - 1e-6:
-            raise ConfigError(f"{law.name} cannot tell params from tokens: every run has the same ratio of them (up to "
-                              f"a power); vary the model size within a budget")
+    if not law.shares:
+        _check_distinct(law, runs)
+
+
+def _check_distinct(law: Law, runs: Runs) -> None:
+    """Raises ConfigError where one input of the law is a power of another, or a product of powers of others."""
+    logs = {name: np.log(runs.columns[name]) for name in law.inputs}
+    for one, other in itertools.combinations(law.inputs, 2):
+        require(abs(np.corrcoef(logs[one], logs[other])[0, 1]) <= SAME_INPUT,
+                f"{law.name} cannot tell {one} from {other}: every run has the same ratio of them (up to a power); "
+                + ("vary the model size within a budget" if other == "tokens" else f"vary {other} at equal {one}"))
+    scaled = np.stack([(values - values.mean()) / values.std() for values in logs.values()], axis=1)
+    require(np.linalg.matrix_rank(scaled, tol=1e-3) == len(law.inputs),
+            f"{law.name} cannot tell {', '.join(law.inputs)} apart: in every run one of them is the same product of "
+            "powers of the others")
 
 
 @functools.partial(jax.jit, static_argnums=0)

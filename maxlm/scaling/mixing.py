@@ -82,24 +82,30 @@ def check(names: tuple[str, ...]):
     return checked
 
 
-MIRROR_STEPS, GAP = 20_000, 1e-9  # the most, and the share of the objective that may be left to gain
+MIRROR_STEPS, MIRROR_MOST, GAP = 20_000, 1e3, 1e-7  # steps, the longest, and what share of the sum may be left to gain
 
 
 def best_shares(slopes: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Shares r [replicates, k] on the simplex at which sum_j weights_j exp(sum_i slopes_ji r_i) is least; `slopes`
-    [replicates, j, k], `weights` [j]. The sum is convex, so mirror descent with the entropy finds its one minimum; the
-    step is that of its smoothness relative to the entropy (Bauschke et al. 2017), the gap that of Frank and Wolfe."""
+    [replicates, j, k], `weights` [j]. The sum is convex, so mirror descent with the entropy finds its one minimum, to a
+    Frank-Wolfe gap of GAP; steps grow while they descend and are taken back where they do not."""
+    def value(shares):
+        return weights * np.exp(np.einsum("rjk,rk->rj", slopes, shares))
+
     shares = np.full((slopes.shape[0], slopes.shape[2]), 1 / slopes.shape[2])
-    spread = (slopes.max(2) - slopes.min(2)) / 2
-    step = 1 / np.maximum(np.sum(weights * np.exp(slopes.max(2)) * spread**2, axis=1), 1e-300)
+    step, parts = np.full(len(shares), 0.1), value(shares)
     for _ in range(MIRROR_STEPS):
-        parts = weights * np.exp(np.einsum("rjk,rk->rj", slopes, shares))
         gradient = np.einsum("rj,rjk->rk", parts, slopes)
-        gap = np.einsum("rk,rk->r", gradient, shares) - gradient.min(1)
+        rise = gradient - gradient.min(1, keepdims=True)
+        gap = np.einsum("rk,rk->r", rise, shares)
         if np.all(gap <= GAP * parts.sum(1)):
             break
-        shares = shares * np.exp(-step[:, None] * (gradient - gradient.min(1, keepdims=True)))
-        shares /= shares.sum(1, keepdims=True)
+        tried = shares * np.exp(-step[:, None] * rise)
+        tried /= tried.sum(1, keepdims=True)
+        there = value(tried)
+        better = there.sum(1) <= parts.sum(1)
+        shares, parts = np.where(better[:, None], tried, shares), np.where(better[:, None], there, parts)
+        step = np.where(better, np.minimum(1.2 * step, MIRROR_MOST), step / 4)
     return shares
 
 

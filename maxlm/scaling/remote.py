@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from maxlm.hardware import Chip
 from maxlm.scaling.cost import Device
@@ -156,8 +157,14 @@ def _can_start(folder: SweepFolder, one: Job, jobs: dict[str, Job]) -> bool:
         one.state, one.reason = FAILED, str(error)
         return False
     if folder.log(one.trial).exists():
-        one.reason = f"submitted again; before, it said: {last_line(folder.log(one.trial))}"
+        one.reason = f"submitted again; before, it said: {_said(folder.log(one.trial))}"
     return True
+
+
+def _said(log: Path) -> str:
+    """The last of maxlm's own lines in a log that the scheduler writes to as well, or its last line."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("maxlm: ")]
+    return lines[-1].removeprefix("maxlm: ") if lines else last_line(log)
 
 
 def _device(chip: Chip | None, platform: str) -> Device:

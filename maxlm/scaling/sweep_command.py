@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LAUNCHERS = ("local", "slurm", "gke")
 CLUSTERS = ("topology", "image", "setup", "retries")  # options of slurm and gke, of slurm, of gke
-SLURM = ("partition", "account", "time", "sbatch", "mount")
+SLURM = ("partition", "account", "time", "cpus_per_task", "sbatch", "mount")
 GKE = ("queue", "priority", "namespace", "claim", "node_selector")
 NOT_FOR = {"local": (*CLUSTERS, *SLURM, *GKE), "slurm": GKE, "gke": (*SLURM, "jobs")}
 MISTAKE, UNSAFE = 2, 3
@@ -98,7 +98,7 @@ def _launcher(arguments: argparse.Namespace, runs: int) -> LocalLauncher | Remot
     if arguments.launcher == "gke":
         topology = job.topology_of(arguments, gke.PLATFORMS)
         cluster = gke.cluster(arguments)
-        gke.check_kept(str(arguments.out.absolute()), cluster)
+        gke.check_claimed(str(arguments.out.absolute()), cluster)
         return GkeLauncher(topology, arguments.retries, cluster, runs)
     device, count = (device_called(arguments.chip), 1) if arguments.chip else devices_here()
     return LocalLauncher(device, count, arguments.jobs, arguments.packed)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maxlm.schema import require
-from maxlm.submit.job import Job
+from maxlm.submit.job import Job, check_kept
 from maxlm.submit.shell import CONFIG_VARIABLE, NEVER_RETRIED, once
 
 PLATFORMS = ("tpu", "gpu")
@@ -62,15 +62,16 @@ def _pair(option: str, text: str, separator: str) -> tuple[str, str]:
     return key, value
 
 
-def check_kept(path: str, cluster: Cluster) -> None:
-    """Raises ConfigError where no claim holds `path`."""
-    require(any(f"{path.rstrip('/')}/".startswith(f"{mount.rstrip('/')}/") for _, mount in cluster.claims),
-            f"{path} would be lost with its pod: mount a volume that holds it with --claim NAME:/PATH")
+def check_claimed(path: str, cluster: Cluster) -> None:
+    check_kept(path, (mount for _, mount in cluster.claims), "mount a volume that holds it with --claim NAME:/PATH")
 
 
 def jobset(job: Job, cluster: Cluster, labels: dict[str, str] | None = None) -> dict[str, Any]:
-    """The manifest of a run. Raises ConfigError where no claim holds the run directory."""
-    check_kept(job.run_dir, cluster)
+    """The manifest of a run. Raises ConfigError where no claim holds the run directory, or for several slices of one
+    host each, which GKE does not join."""
+    check_claimed(job.run_dir, cluster)
+    require(job.slices == 1 or job.topology.hosts > 1, f"--slices {job.slices}: GKE joins slices of several hosts, and "
+                                                       f"{job.topology} is one host")
     queueing = {QUEUE: cluster.queue, PRIORITY: cluster.priority}
     tpu = job.topology.platform == "tpu"
     metadata: dict[str, Any] = {

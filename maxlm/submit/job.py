@@ -66,6 +66,12 @@ def check(config: RunConfig, topology: Topology, slices: int = 1) -> RunConfig:
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=sizes["fsdp"]))
 
 
+def check_kept(path: str, mounts: Iterable[str], fix: str) -> None:
+    """Raises ConfigError where none of these folders holds `path`: it would be lost with the machine or container."""
+    require(any(f"{path.rstrip('/')}/".startswith(f"{mount.rstrip('/')}/") for mount in mounts),
+            f"{path} would be lost with the job: {fix}")
+
+
 def job_name(words: str, path: str) -> str:
     """A name that every scheduler takes: letters, digits and hyphens, and the same for the same `path` alone."""
     plain = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "run"

@@ -12,7 +12,7 @@ import shlex
 from dataclasses import dataclass
 
 from maxlm.schema import require
-from maxlm.submit.job import Job
+from maxlm.submit.job import Job, check_kept
 from maxlm.submit.shell import CONFIG_VARIABLE, supervised, train
 from maxlm.submit.topology import TPUS, Topology
 
@@ -78,6 +78,7 @@ def follow_up(job: Job, cluster: Cluster) -> dict[str, list[str]]:
 def startup_script(job: Job, cluster: Cluster) -> str:
     start = f"bash -c {shlex.quote(train(job.run_dir))}"
     if cluster.image:
+        check_kept(job.run_dir, cluster.mounts, "let the container see its folder with --mount PATH")
         mounts = [f"--volume={path}:{path}" for path in cluster.mounts]
         start = shlex.join(["docker", "run", "--rm", "--init", "--privileged", "--net=host", f"--env={CONFIG_VARIABLE}",
                             f"--stop-timeout={job.grace_seconds}", *mounts, cluster.image]) + f" {start}"

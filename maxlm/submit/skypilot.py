@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maxlm.schema import require
-from maxlm.submit.job import Job
+from maxlm.submit.job import Job, check_kept
 from maxlm.submit.shell import CONFIG_VARIABLE, supervised, train
 from maxlm.submit.topology import GPUS, TPUS
 
@@ -53,10 +53,7 @@ def task(job: Job, cluster: Cluster) -> dict[str, Any]:
                              "submit_tpu_queued.py")
     require(place.kind != "tpu7x", f"--topology {place}: SkyPilot has no tpu7x: use submit_gke.py or "
                                    "submit_tpu_queued.py")
-    run_dir = f"{job.run_dir.rstrip('/')}/"
-    require(any(run_dir.startswith(f"{path.rstrip('/')}/") for path, _ in cluster.buckets),
-            f"--run-dir {job.run_dir} would be lost with its machine: mount a bucket that holds it with "
-            "--bucket /PATH=URL")
+    check_kept(job.run_dir, (path for path, _ in cluster.buckets), "mount a bucket that holds it: --bucket /PATH=URL")
     resources: dict[str, Any] = {
         "accelerators": f"tpu-{place.accelerator_type}" if tpu
         else f"{GPUS[place.kind].skypilot}:{place.chips_per_host}",

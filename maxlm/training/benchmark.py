@@ -19,6 +19,7 @@ from maxlm.config import RunConfig
 from maxlm.flops import parameter_count, training_flops_per_token_full_attention
 from maxlm.parallel.mesh import check_divisible, make_mesh
 from maxlm.schema import to_dict
+from maxlm.training.compiled_products import products, slow_products
 from maxlm.training.evaluate import local_rows, to_device
 from maxlm.training.state import init_state, kernels_of
 from maxlm.training.step import compile_step
@@ -34,7 +35,8 @@ def measure(config: RunConfig, *, steps: int = 20, warmup: int = 3, documents: i
     that of its own, with the next one queued. tokens/s/chip counts every position; mfu is against the chip's dense
     peak for the recipe's precision, in the convention of flops.training_flops_per_token (causal; of experts, those that
     a token takes), and null for a chip that is not known. dropped_choices: of the last timed step, where there are
-    experts.
+    experts. products: what 8-bit products were compiled to (compiled_products.py), where the recipe has any;
+    slow_products: on a GPU, those that are not cuBLASLt's FP8 call.
     """
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, config)
@@ -76,12 +78,16 @@ def synthetic_batch(config: RunConfig, seed: int, documents: int, rows: Sequence
 def _record(config, mesh, step, seconds, losses, compile_seconds, documents, dropped) -> dict[str, Any]:
     device, train, throughput = mesh.devices.flat[0], config.train, Throughput(config, mesh)
     count, kernels = parameter_count(config.model), kernels_of(config, device)[0]
-    experts = {"grouped_matmul": kernels.grouped_matmul, "expert_exchange": kernels.exchange,
-               "dropped_choices": dropped} if config.model.num_experts else {}
+    extra = {"grouped_matmul": kernels.grouped_matmul, "expert_exchange": kernels.exchange,
+             "dropped_choices": dropped} if config.model.num_experts else {}
     median = statistics.median(seconds)
     mfu = throughput.mfu(median)
     full = training_flops_per_token_full_attention(config.model, train.seq_len) / throughput.flops_per_token
     memory = step.memory_analysis()
+    if config.precision.recipe.startswith("fp8"):
+        extra["products"] = products(step.as_text())
+        if device.platform == "gpu":
+            extra["slow_products"] = slow_products(extra["products"])
     return {
         "benchmark": "train_step",
         "device_kind": device.device_kind,
@@ -96,7 +102,7 @@ def _record(config, mesh, step, seconds, losses, compile_seconds, documents, dro
         "parameters": count.total,
         "active_parameters": count.active,
         "attention": kernels.attention,
-        **experts,
+        **extra,
         "documents_per_row": documents,
         "loss_first_last": [losses[0], losses[-1]],
         "config": to_dict(config),
@@ -138,9 +144,11 @@ def summary(record: dict[str, Any]) -> str:
         f"{name} {record['mfu']:.1%} (causal attention; {record['mfu_full_attention_convention']:.1%} if it counted "
         "whole)"
     )
+    slow = record.get("slow_products")
+    fp8 = f", NOT by cuBLASLt's FP8 call: {'; '.join(slow)}" if slow else ""
     return (
         f"{record['device_kind']} x{record['devices']}: {record['tokens_per_second_per_chip']:,.0f} tokens/s/chip, "
         f"{mfu}, {record['attention']} attention, "
         f"step {seconds['median'] * 1e3:.1f} ms (min {seconds['min'] * 1e3:.1f}, max {seconds['max'] * 1e3:.1f}, "
-        f"n {seconds['count']}), compiled in {record['compile_seconds']:.1f} s"
+        f"n {seconds['count']}), compiled in {record['compile_seconds']:.1f} s{fp8}"
     )

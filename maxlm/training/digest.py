@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from maxlm.checkpoint import named_leaves
 from maxlm.parallel.memory import on_device
@@ -41,7 +42,7 @@ def array_digest(x: jax.Array, name: str = "") -> jax.Array:
 def row_digests(x: jax.Array) -> jax.Array:
     """A digest of each row of x [B, ...], in which a row's place does not count: uint32 [B, 2]."""
     inner = tuple(range(1, x.ndim))
-    position = _positions(x.shape, inner)
+    position = positions(x.shape, inner)
     return jnp.stack([jnp.sum(lane, axis=inner, dtype=jnp.uint32) for lane in _mixed(x, position, "")], axis=1)
 
 
@@ -51,15 +52,15 @@ def hex_digest(digest: Any) -> str:
 
 
 def _lanes(x: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
-    return _mixed(x, _positions(x.shape, tuple(range(x.ndim))), name)
+    return _mixed(x, positions(x.shape, tuple(range(x.ndim))), name)
 
 
-def _positions(shape: tuple[int, ...], dims: tuple[int, ...]) -> jax.Array:
-    """The place of each element among `dims` in C order, modulo 2^32."""
-    position = jnp.zeros(shape, jnp.uint32)
+def positions(shape: tuple[int, ...], dims: tuple[int, ...], layout: P | None = None) -> jax.Array:
+    """The place of each element among `dims` in C order, modulo 2^32. layout: over the mesh, where one is installed."""
+    position = jnp.zeros(shape, jnp.uint32, out_sharding=layout)
     for dim in dims:
         stride = math.prod(shape[dim + 1 :]) % 2**32
-        position += jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * jnp.uint32(stride)
+        position += jax.lax.broadcasted_iota(jnp.uint32, shape, dim, out_sharding=layout) * jnp.uint32(stride)
     return position
 
 
@@ -70,11 +71,11 @@ def _mixed(x: jax.Array, position: jax.Array, name: str) -> tuple[jax.Array, jax
         x = x.astype(jnp.uint8)
     word = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32)
     salt, other = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], "<u4")
-    key = _scrambled(position + jnp.uint32(salt))
-    return _scrambled(word ^ key), _scrambled((word + key) * jnp.uint32(0xCC9E2D51) + jnp.uint32(other))
+    key = scrambled(position + jnp.uint32(salt))
+    return scrambled(word ^ key), scrambled((word + key) * jnp.uint32(0xCC9E2D51) + jnp.uint32(other))
 
 
-def _scrambled(h: jax.Array) -> jax.Array:
+def scrambled(h: jax.Array) -> jax.Array:
     """A bijection of 32-bit words in which every bit depends on every other: the finalizer of MurmurHash3."""
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)

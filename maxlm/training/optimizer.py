@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import optax.contrib
 from flax import nnx
@@ -15,26 +14,29 @@ from flax import nnx
 from maxlm.config import OptimizerConfig, ScheduleConfig
 from maxlm.model.parametrization import Multipliers
 from maxlm.parallel.sharding import has_mesh
+from maxlm.training.moments import Rounding, stored_in
 from maxlm.training.schedule import make_schedule
 
 UNSCALED = Multipliers()
 
 
 def make_optimizer(config: OptimizerConfig, schedule: ScheduleConfig, num_steps: int, *,
-                   peak: jax.Array | None = None, scale: Multipliers = UNSCALED) -> optax.GradientTransformation:
+                   peak: jax.Array | None = None, scale: Multipliers = UNSCALED,
+                   seed: jax.Array | int = 0) -> optax.GradientTransformation:
     """Global-norm clipping, then the named optimizer with decoupled weight decay on matrices.
 
     peak: in place of the config's learning rate, such as a traced value. scale: the model's parametrization (AdamW).
+    seed: of the stochastic rounding of moments.
     """
     learning_rate = make_schedule(schedule, config.learning_rate if peak is None else peak, num_steps)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    adam = _scale_by_adam(config)
+    adam = _scale_by_adam(config, seed)
     if (scale.matrix_rate, scale.layer_eps, scale.table_eps) != (1.0, 1.0, 1.0):
         adam = _parametrized(adam, scale)
     adamw = _finish(adam, config, learning_rate)
     if config.name == "adamw":
         return optax.chain(clip, adamw)
-    muon = _finish(_scale_by_muon(config), config, learning_rate)
+    muon = _finish(_scale_by_muon(config, seed), config, learning_rate)
     return optax.chain(clip, optax.partition({"adamw": adamw, "muon": muon}, _labels))
 
 
@@ -55,21 +57,14 @@ def _finish(direction: optax.GradientTransformation, config: OptimizerConfig,
     )
 
 
-def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1) with moments stored in the configured dtypes."""
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.mu_dtype))
-    nu_dtype = jnp.dtype(config.nu_dtype)
-    if nu_dtype == jnp.float32:
-        return adam
+def _scale_by_adam(config: OptimizerConfig, seed: jax.Array | int) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1), in float32; moments stored as configured (moments.py)."""
+    return stored_in(optax.scale_by_adam(config.b1, config.b2, config.eps), _roundings(config), seed)
 
-    def cast(state: optax.ScaleByAdamState, dtype: jnp.dtype) -> optax.ScaleByAdamState:
-        return state._replace(nu=jax.tree.map(lambda v: v.astype(dtype), state.nu))
 
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, Any]:
-        updates, state = adam.update(grads, cast(state, jnp.float32), params)
-        return updates, cast(state, nu_dtype)
-
-    return optax.GradientTransformation(lambda params: cast(adam.init(params), nu_dtype), update)
+def _roundings(config: OptimizerConfig) -> dict[str, Rounding]:
+    return {name: Rounding(dtype, name == "mu", config.stochastic_rounding)
+            for name, dtype in (("mu", config.mu_dtype), ("nu", config.nu_dtype))}
 
 
 def _parametrized(adam: optax.GradientTransformation, scale: Multipliers) -> optax.GradientTransformation:
@@ -89,12 +84,10 @@ def _parametrized(adam: optax.GradientTransformation, scale: Multipliers) -> opt
     return optax.GradientTransformation(adam.init, update)
 
 
-def _scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
+def _scale_by_muon(config: OptimizerConfig, seed: jax.Array | int) -> optax.GradientTransformation:
     """Orthogonalised Nesterov momentum (Optax's Muon). The matrix products of its Newton-Schulz iteration run over
     whole matrices, so under a mesh XLA chooses their layout and the result comes back in the storage layout."""
-    muon = optax.contrib.scale_by_muon(
-        beta=config.muon_momentum, mu_dtype=jnp.dtype(config.mu_dtype), weight_dimension_numbers=_matrices
-    )
+    muon = optax.contrib.scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=_matrices)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if not has_mesh():
@@ -104,7 +97,8 @@ def _scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
             updates, state = jax.sharding.auto_axes(muon.update, out_sharding=layouts)(grads, state, params)
         return jax.tree.map(_like_adam, updates, _matrices(updates)), state
 
-    return optax.GradientTransformation(muon.init, update)
+    whole = optax.GradientTransformation(muon.init, update)
+    return stored_in(whole, {"mu": _roundings(config)["mu"]}, seed)
 
 
 def _like_adam(update: jax.Array, matrix: optax.contrib.MuonDimensionNumbers) -> jax.Array:

@@ -47,7 +47,7 @@ class PackedRuns:
 
     def step(self, states: TrainState, batches: Batch) -> tuple[TrainState, StepMetrics]:
         """One step of every run; `states` are consumed. `batches`: int32 [runs, B, T] each."""
-        return self._step(states, batches, self._peaks)
+        return self._step(states, batches, self._peaks, self._seeds)
 
     def losses(self, states: TrainState, batches: Batch) -> tuple[np.ndarray, np.ndarray]:
         """(summed negative log likelihood in nats, predicted tokens) [runs] of held-out batches."""
@@ -57,10 +57,11 @@ class PackedRuns:
         params = build_model(self.config, jax.random.key(seed), self.device)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer_of(self.config, peak).init(params))
 
-    def _one(self, state: TrainState, batch: Batch, peak: jax.Array) -> tuple[TrainState, StepMetrics]:
+    def _one(self, state: TrainState, batch: Batch, peak: jax.Array,
+             seed: jax.Array) -> tuple[TrainState, StepMetrics]:
         config = self.config
         return train_step(
-            state, batch, optimizer=optimizer_of(config, peak),
+            state, batch, optimizer=optimizer_of(config, peak, seed),
             schedule=make_schedule(config.schedule, peak, config.train.num_steps),
             microbatches=config.train.grad_accumulation, z_loss=config.train.z_loss, chunks=config.compute.loss_chunks,
         )

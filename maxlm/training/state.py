@@ -61,7 +61,8 @@ def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
         raise ConfigError("compute.expert_exchange='ragged_all_to_all' does not run on cpu: set it to 'auto'")
     if exchange == "auto":
         exchange = "ragged_all_to_all" if device.platform == "tpu" else "all_to_all"
-    ways = f"; {exchange} between {config.mesh.expert} devices" if config.mesh.expert > 1 else ""
+    exchanged = f"{exchange} in 8 bits" if numerics.fp8_exchange else exchange
+    ways = f"; {exchanged} between {config.mesh.expert} devices" if config.mesh.expert > 1 else ""
     return Kernels(attention, grouped, exchange, across), f"{told}; experts: {grouped}, {reason}{ways}"
 
 
@@ -72,7 +73,7 @@ def _fp8_units(config: RunConfig, device: jax.Device) -> str:
     chip = chip_of(device.device_kind)
     if chip is None or chip.peak("fp8") is None:
         return f"; {config.precision.recipe} products are emulated: no FP8 units are known of {device.device_kind}"
-    slow = chip.peak("fp8") <= chip.peak("bf16")
+    slow = chip.peak("fp8") <= chip.peak("bf16") or config.precision.recipe == "fp8_block"
     return f"; {config.precision.recipe} products" + (f", which {chip.name} makes no faster than bf16" if slow else "")
 
 
@@ -85,10 +86,11 @@ def build_model(config: RunConfig, key: jax.Array, device: jax.Device) -> Transf
     )
 
 
-def optimizer_of(config: RunConfig, peak: jax.Array | None = None) -> optax.GradientTransformation:
-    """peak: a learning rate in place of the config's, which may be traced."""
+def optimizer_of(config: RunConfig, peak: jax.Array | None = None,
+                 seed: jax.Array | None = None) -> optax.GradientTransformation:
+    """peak, seed: a learning rate and a seed in place of the config's, which may be traced."""
     return make_optimizer(config.optimizer, config.schedule, config.train.num_steps, peak=peak,
-                          scale=multipliers(config.model))
+                          scale=multipliers(config.model), seed=config.train.seed if seed is None else seed)
 
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:

@@ -16,7 +16,7 @@ from maxlm.config import RunConfig
 from maxlm.hardware import compiler_options
 from maxlm.model.moe.balance import balanced
 from maxlm.model.moe.load import Load
-from maxlm.parallel.memory import on_device
+from maxlm.parallel.memory import any_on_host, like, on_device
 from maxlm.parallel.sharding import ACTIVATION, batch_sharding, has_mesh, spec
 from maxlm.training.digest import tree_digest
 from maxlm.training.loss import Batch, real_tokens, router_loss, summed_loss, token_count
@@ -67,12 +67,7 @@ def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTran
         (loss, load), grads = _accumulate(gradient, state.params, batch, key, microbatches)
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    before = (state.params, on_device(state.opt_state, after=good))
-    updates, opt_state = optimizer.update(grads, before[1], state.params)
-    params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jax.lax.select(good, new, old), (params, opt_state), before
-    )
+    params, opt_state = _updated(optimizer, grads, state, good)
     if load is not None:
         params = balanced(params, load.chosen_E, good)
     metrics = StepMetrics(
@@ -85,6 +80,23 @@ def train_step(state: TrainState, batch: Batch, *, optimizer: optax.GradientTran
         load=load,
     )
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _updated(optimizer: optax.GradientTransformation, grads: Any, state: TrainState, good: jax.Array) -> Any:
+    """(parameters, optimizer state) after an update, or, where the gradient is not `good`, as they were.
+
+    A state on the host is fetched inside a conditional: elsewhere the compiler would fetch it ahead, while
+    activations still fill the memory."""
+
+    def update(opt_state: Any) -> Any:
+        updates, new = optimizer.update(grads, opt_state, state.params)
+        return optax.apply_updates(state.params, updates), new
+
+    before = (state.params, state.opt_state)
+    if any_on_host(state.opt_state):
+        return jax.lax.cond(good, lambda: like(before, update(on_device(state.opt_state))), lambda: before)
+    return jax.tree.map(
+        lambda new, old: jax.lax.select(good, new, old), update(state.opt_state), before)
 
 
 def _accumulate(gradient: Callable, params: Any, batch: Batch, key: jax.Array | None,

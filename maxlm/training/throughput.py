@@ -12,7 +12,8 @@ from maxlm.hardware import chip_of
 # What the chip's matrix units compute in, by recipe: XLA's default for float32 products on a GPU is TF32. TPUs have
 # no published figure for it, so a float32 run there reports no MFU. The FP8 recipes, whose head and attention are in
 # bfloat16, are measured against its peak: a step that is faster then shows a higher MFU.
-ARITHMETIC = {"bf16": "bf16", "float32": "tf32", "fp8": "bf16", "fp8_rowwise": "bf16"}
+ARITHMETIC = {"bf16": "bf16", "float32": "tf32", "fp8": "bf16", "fp8_rowwise": "bf16",
+              "fp8_block": "bf16"}
 
 
 class Throughput:

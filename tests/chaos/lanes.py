@@ -30,8 +30,8 @@ def run_all(plans: Sequence[Plan], setting: Setting, folder: Path, lanes: int, n
     needed = max(plan.processes for plan in plans)
     hosts = [Hosts(folder, lane, needed, networked) for lane in range(lanes)]
     try:
-        for processes in sorted({plan.processes for plan in plans}):
-            setting.make_reference(processes, hosts[0])
+        for processes, eight_bit in sorted({(plan.processes, plan.eight_bit) for plan in plans}):
+            setting.make_reference(processes, eight_bit, hosts[0])
         turns = _turns(len(plans))
         pipes = {}
         for lane in hosts:

@@ -67,7 +67,7 @@ class Scenario:
         self.own_disk = small_disk(self.disk, DISK, hosts.networked)
         self.run_dir = self.disk / "run"
         self.checkpoints = self.run_dir / CHECKPOINTS
-        self.words = setting.watched(self.run_dir, plan.processes, *changes)
+        self.words = setting.watched(self.run_dir, plan.processes, plan.eight_bit, *changes)
         self.strikes = [Strike(fault) for fault in plan.faults]
         self.harmed: set[int] = set()  # steps whose newest checkpoint we damaged
         self.samples: list[tuple[Strike, int]] = []
@@ -234,7 +234,7 @@ class Scenario:
             self._start_again(strike)
 
     def _compare(self, last: Strike) -> None:
-        reference = self.setting.reference(self.plan.processes)
+        reference = self.setting.reference(self.plan.processes, self.plan.eight_bit)
         for place, ((strike, step), digest) in enumerate(zip(self.samples, self._sampled_digests(), strict=True)):
             if digest != reference["digests"][step]:
                 strike.problems.append(("digest", f"step {step} (sample {place}): {digest[:12] or 'unreadable'}"))

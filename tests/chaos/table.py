@@ -35,7 +35,7 @@ def record(results: Results, **about: Any) -> dict[str, Any]:
         "rows": [{"fault": kind, "processes": processes} | _row(strikes)
                  for (kind, processes), strikes in _groups(results).items()],
         "scenarios": [
-            {"index": plan.index, "processes": plan.processes,
+            {"index": plan.index, "processes": plan.processes, "eight_bit": plan.eight_bit,
              "strikes": [dataclasses.asdict(strike) for strike in strikes]}
             for plan, strikes in sorted(results, key=lambda result: result[0].index)
         ],
@@ -56,10 +56,12 @@ def summary(record: dict[str, Any]) -> str:
 def document(record: dict[str, Any]) -> str:
     """docs/CHAOS.md."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    eight_bit = sum(run["eight_bit"] for run in record["scenarios"])
     return f"""# {record["totals"]["faults"]} faults
 
 Made by `scripts/chaos.py --seed {record["seed"]}`, not by hand; how it works and what it checks is in
 docs/RESILIENCE.md. {record["date"]}, commit {record["commit"]}, {record["machine"]}, {record["lanes"]} runs at a time,
+{eight_bit} of {len(record["scenarios"])} runs with FP8 products and moments of 8 bits,
 {record["wall_seconds"] / 60:.0f} minutes. {versions}.
 
 {summary(record)}
@@ -151,7 +153,8 @@ class Display:
         if wrong or not self._console.is_terminal:
             seconds = sum(strike.seconds for strike in strikes)
             met = ", ".join(strike.fault.kind + ("" if strike.landed else " (missed)") for strike in strikes)
-            print(f"[{self._done}/{self._faults}] scenario {plan.index}, {plan.processes} processes, {seconds:.1f} s: "
-                  f"{met}", file=sys.stderr, flush=True)
+            how = f"{plan.processes} processes{', 8 bits' if plan.eight_bit else ''}"
+            print(f"[{self._done}/{self._faults}] scenario {plan.index}, {how}, {seconds:.1f} s: {met}",
+                  file=sys.stderr, flush=True)
         for line in wrong:
             print(f"  FAILED {line}", file=sys.stderr, flush=True)

@@ -78,6 +78,7 @@ def test_a_seed_draws_the_same_faults_and_all_kinds():
     for processes in (2, 4):
         assert {kind for p, kind in drawn if p == processes} >= {
             "kill one", "kill all", "SIGTERM one", "hang", "cut", "blip", "damage", "disk full"}
+    assert {(p.processes, p.eight_bit) for p in plans} == {(n, b) for n in (1, 2, 4) for b in (False, True)}
     assert all(0 < fault.step < 120 for p in plans for fault in p.faults)
     assert not any(fault.kind in ("cut", "blip")
                    for index in range(40) for fault in plan(7, index, 5, 120, can_cut=False).faults)

@@ -30,7 +30,8 @@ def close(got, wanted, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(("sizes", "D", "F"), [
-    ([100, 0, 31, 200], 128, 64), ([0, 0, 384, 0], 64, 600), ([0, 0, 0, 0], 64, 64)], ids=str)
+    ([100, 0, 31, 200], 128, 64), ([0, 0, 0, 0], 64, 64),
+    pytest.param([0, 0, 384, 0], 64, 600, marks=pytest.mark.slow)], ids=str)
 def test_products_and_gradients(sizes, D, F):
     """Groups that share a tile of rows, empty ones, one that takes all, a side that no tile divides, and NaN behind
     the last group."""

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.kernels.grouped_matmul import grouped_matmul
+from maxlm.kernels.grouped_matmul import collect, grouped_matmul, spread
 from maxlm.kernels.grouped_matmul.blocks import BLOCK
-from maxlm.model.moe.plan import by_row, collect, grouped_plan, rows_needed, slotted_plan, spread, unplaced
+from maxlm.kernels.grouped_matmul.rows import gather_rows
+from maxlm.model.moe.plan import by_row, grouped_plan, rows_needed, slotted_plan, unplaced
 
 
 def choices(N, K, E, skew):
@@ -77,3 +78,17 @@ def test_grouped_products_and_gradients(sizes, implementation):
     wanted = np.stack([x[group == e].T @ g[group == e] for e in range(len(sizes))])
     assert np.allclose(dw, wanted, atol=1e-3)
     assert not np.allclose(dw, np.roll(wanted, 1, axis=0), atol=1e-3) or sum(sizes) == 0  # the twin
+
+
+@pytest.mark.parametrize("width", [6, 8])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "bfloat16", "float32"])
+def test_tokens_keep_their_bits(dtype, width):
+    """Also where a token is no whole number of words, and where it is not finite."""
+    plan = grouped_plan(choices(10, 2, 4, skew=False), 4, 40, 8)
+    x_ND = jnp.asarray(np.random.default_rng(0).normal(size=(10, width)), dtype).at[3, 1].set(jnp.nan)
+    token_R, held_R = np.asarray(plan.choice_R) // 2, plan.choice_R < 20
+    rows = np.concatenate([np.asarray(x_ND), np.zeros((1, width), x_ND.dtype)])[np.minimum(token_R, 10)]
+    assert np.asarray(spread(x_ND, plan)).tobytes() == rows.tobytes() and not held_R.all()
+    for word in (1, 2, 4):
+        got = gather_rows(x_ND, jnp.where(held_R, token_R, 0), held_R, word=word)
+        assert np.asarray(got).tobytes() == rows.tobytes()

@@ -99,6 +99,18 @@ def test_the_verb_prints_and_writes_and_remembers(recipe, tmp_path, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "devices"), [("v4:2x2x1", 4), ("v6e:2x2", 4), ("7x:2x2x1", 8)])
+def test_the_other_chips(recipe, name, devices):
+    """v4's two cores are one device, as they run; TPU7x's chiplets are two. Rates are a chip's, bytes a chip's too."""
+    small = SHAPE | {"model": SHAPE["model"] | {"num_layers": 2}, "train": SHAPE["train"] | {"global_batch_size": 16}}
+    record = report.compile_report(config_of(small), find_target(name))
+    assert (record["devices"], record["chips"], record["fits"]) == (devices, 4, True)
+    parameters = 4096 * 512 + 2 * (512 * (8 + 8) * 64 + 512 * 512 + 3 * 512 * 1024)
+    assert record["bytes_by_kind"]["parameters"] == pytest.approx(4 * parameters / 4, rel=0.01)
+    assert 0 < record["mfu_estimate"] < 1
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_is_an_answer(recipe, tmp_path, capfd):
     large = ["--set", "train.global_batch_size=4096", "--set", "train.seq_len=2048", "--set", "remat.policy=none",
              "--set", "train.grad_accumulation=1"]

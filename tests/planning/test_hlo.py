@@ -158,6 +158,26 @@ window={size=1x8x6 pad=0_0x7_7x5_5 rhs_reversal=0x1x1}, dim_labels=0bf12_i12o0->
     assert step_of(text).flops == 2 * 2 * 16 * 32 * 8 * 6 * 64
 
 
+def test_a_ragged_product_counts_each_row_once():
+    """As libtpu writes one for v6e: all rows times all 64 matrices, with the others' rows skipped."""
+    text = """
+%all_groups (w: bf16[64,128,256], x: bf16[4096,256]) -> bf16[4096,128] {
+  %w = bf16[64,128,256]{2,1,0} parameter(0)
+  %x = bf16[4096,256]{1,0} parameter(1)
+  %all = bf16[8192,256]{1,0} reshape(%w)
+  ROOT %c = bf16[4096,8192]{1,0} dot(%x, %all), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+ENTRY %main (w: bf16[64,128,256], x: bf16[4096,256]) -> bf16[4096,128] {
+  %w = bf16[64,128,256]{2,1,0} parameter(0)
+  %x = bf16[4096,256]{1,0} parameter(1)
+  ROOT %f = bf16[4096,128]{1,0} fusion(%w, %x), kind=kOutput, calls=%all_groups,
+backend_config={"convolution_algorithm_config":{"is_ragged_dot":true,"num_groups_in_ragged_dot":"64"}}
+}
+"""
+    assert step_of(text).flops == 2 * 4096 * 256 * 128
+
+
 def test_of_a_sliced_operand_the_slice_is_read():
     text = """
 %one_layer (stack: f32[10,1024], i: s32[]) -> f32[1,1024] {
@@ -224,6 +244,34 @@ ENTRY %main (w: f32[1024]) -> f32[1024] {
     (collective, _), = Roofline(module, Costs(module), traffic, Peaks(1, 1)).step().collectives
     assert collective.over == ("data",) and collective.ici_seconds == 0
     assert collective.dcn_seconds == pytest.approx(4096 / 3.125e9)
+
+
+def test_what_a_sparse_core_does_begins_with_its_operands():
+    """As libtpu writes a collective that it gives to the SparseCores: started without operands, begun by an update."""
+    text = """
+%gather (w: bf16[512,1024]) -> bf16[1024,1024] {
+  %w = bf16[512,1024]{1,0} parameter(0)
+  ROOT %g = bf16[1024,1024]{1,0} all-gather(%w), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%wrapped (w: bf16[512,1024]) -> bf16[1024,1024] {
+  %w = bf16[512,1024]{1,0} parameter(0)
+  ROOT %c = bf16[1024,1024]{1,0} custom-call(%w), custom_call_target="TODO", called_computations={%gather}
+}, execution_thread="sparsecore"
+
+ENTRY %main (w: bf16[512,1024], x: bf16[1024,1024]) -> bf16[1024,1024] {
+  %w = bf16[512,1024]{1,0} parameter(0)
+  %x = bf16[1024,1024]{1,0} parameter(1)
+  %start = ((), (), (s32[8]{0})) async-start(), async_execution_thread="sparsecore", calls=%wrapped
+  %update = ((bf16[512,1024]{1,0}), bf16[1024,1024]{1,0}, (s32[8]{0})) async-update(%start, %w)
+  %y = bf16[1024,1024]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %done = bf16[1024,1024]{1,0} async-done(%update)
+}
+"""
+    slow, fast = step_of(text, Peaks(1e12, 1e15)), step_of(text, Peaks(1e18, 1e18))
+    (collective, times), = slow.collectives
+    assert collective.asynchronous and times == 1 and collective.wire_bytes == MATRIX / 2
+    assert slow.exposed["fsdp"] == 0 and fast.exposed["fsdp"] == pytest.approx(MATRIX / 2 / 50e9, rel=1e-3)
 
 
 def test_what_the_hosts_exchange_runs_beside_the_work():

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from maxlm.config import ModelConfig, RunConfig, ScheduleConfig, TrainConfig, training_difference
-from maxlm.flops import training_flops_per_token
+from maxlm.flops import parameter_count, training_flops_per_token
 from maxlm.overrides import load_config
 from maxlm.scaling.cost import Device, cost, memory_bytes, too_large, wall_seconds
 from maxlm.scaling.grid import (
@@ -140,6 +140,10 @@ def test_memory_is_what_xla_allots_on_an_h200(request):
     record = json.loads((results / "llama3_2_1b_h200_bf16.json").read_text())
     estimate = memory_bytes(from_dict(RunConfig, record["config"]), reference_attention=False)
     assert estimate == pytest.approx(record["bytes_per_chip"], rel=0.1)
+    optimizer = {**record["config"]["optimizer"], "mu_dtype": "float8", "nu_dtype": "float8"}
+    small = from_dict(RunConfig, {**record["config"], "optimizer": optimizer})
+    saved = estimate - memory_bytes(small, reference_attention=False)
+    assert saved == pytest.approx(parameter_count(small.model).total * 2 * (4 - 1 - 1 / 128), rel=0.01)
 
 
 def test_what_cannot_fit_is_found_and_branches_wait():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from maxlm.scaling.command import read_for
 from maxlm.scaling.fit import check_design, flops_per_param_token, point_fit
 from maxlm.scaling.laws import LAWS, find_law
 from maxlm.scaling.runs import read_runs
@@ -99,6 +100,23 @@ def test_a_law_recovers_its_parameters(name, tmp_path):
     assert np.abs(fitted.residuals(runs)).max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["kaplan", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "kaplan")])
+def test_neither_order_nor_units_nor_names_nor_copies_matter(name, tmp_path):
+    runs, _ = runs_of(name, tmp_path / "runs.csv")
+    law, random = LAWS[name], np.random.default_rng(3)
+    columns = {column: runs.columns[column] for column in law.needed}
+    columns[law.target] = columns[law.target] * np.exp(0.003 * random.standard_normal(len(runs)))
+    write_csv(tmp_path / "plain.csv", **{column: values.tolist() for column, values in columns.items()})
+    plain = point_fit(law, read_for(name, tmp_path / "plain.csv", "", "")[1])
+    rows = random.permutation(np.concatenate([np.arange(len(runs)), random.integers(len(runs), size=8)]))
+    unit = {"params": 1e-6, "active_params": 1e-6, "tokens": 1e-9, "unique_tokens": 1e-9, "flops": 1e-20}
+    other = {f"their {c}": (values * unit.get(c, 1))[rows].tolist() for c, values in columns.items()}
+    write_csv(tmp_path / "other.csv", **other)
+    found = point_fit(law, read_for(name, tmp_path / "other.csv", ",".join(f"{c}=their {c}" for c in columns), "")[1])
+    assert np.allclose(found.theta, plain.theta, rtol=1e-5, atol=1e-6)
+    assert abs(found.objective / plain.objective - 1) < 1e-6
+
+
 def test_the_interval_of_a_chained_forecast_holds_the_errors_of_both_steps(tmp_path):
     """Noise in the task loss alone, and in the accuracy alone, each widen it."""
     law, target = LAWS["accuracy-chained"], {"params": np.array([1e11]), "tokens": np.array([2e12])}
@@ -177,6 +195,21 @@ def test_one_ratio_of_tokens_to_parameters(tmp_path):
     law = find_law("chinchilla")
     with pytest.raises(ConfigError, match="cannot tell params from tokens"):
         point_fit(law, read_runs(path, law.needed))
+
+
+@pytest.mark.parametrize(("name", "change", "words"), [
+    ("moe-sparsity", lambda c: {"active_params": c["params"] / 4}, "cannot tell params from active_params"),
+    ("data-constrained", lambda c: {"unique_tokens": c["tokens"] / 4}, "vary unique_tokens at equal tokens"),
+    ("moe-granularity", lambda c: {"granularity": 1e3 * c["params"] / c["tokens"]}, "the same product of powers"),
+    ("step-learning-rate", lambda c: {"tokens": 20 * c["params"]}, "cannot tell params from tokens"),
+    ("accuracy-chained", lambda c: {"tokens": 1e18 / c["params"]}, "cannot tell params from tokens"),
+])
+def test_inputs_that_follow_from_one_another(name, change, words, tmp_path):
+    runs, _ = runs_of(name, tmp_path / "runs.csv")
+    check_design(LAWS[name], runs)
+    runs.columns.update(change(runs.columns))
+    with pytest.raises(ConfigError, match=words):
+        check_design(LAWS[name], runs)
 
 
 def test_a_loss_that_rises_with_scale_is_refused(tmp_path):

@@ -110,7 +110,7 @@ def test_gke_gets_a_jobset_a_run(sweep, tmp_path):
         ((*SLURM, "--packed", "2"), "--packed is for --launcher local"),
         ((*SLURM, "--chip", "NVIDIA H200", "--dry-run"), "--topology names slurm's chip"),
         ((*SLURM,), "squeue is not on this machine"),
-        (("--launcher", "gke", "--topology", "v6e:2x4", "--image", "i"), "would be lost with its pod"),
+        (("--launcher", "gke", "--topology", "v6e:2x4", "--image", "i"), "would be lost with the job"),
         (("--launcher", "gke", "--topology", "v6e:2x4"), "--image is needed"),
         (("--launcher", "gke", "--topology", "v6e:2x4", "--image", "i", "--jobs", "2"), "--jobs is not for"),
         ((*SLURM, "--queue", "research"), "--queue is not for --launcher slurm"),

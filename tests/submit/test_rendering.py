@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import sys
 
 import jsonschema
 import pytest
@@ -162,14 +163,16 @@ def test_gcloud_knows_these_options(monkeypatch, capsys):
 
 
 def test_slurm(monkeypatch, capsys):
-    words = train(*GPU, "--partition", "gpu", "--time", "1-00:00", "--sbatch=--qos=high", "--setup", "module load cuda",
-                  "--image", "registry/maxlm:1", "--mount", "/runs")
+    words = train(*GPU, "--partition", "gpu", "--time", "1-00:00", "--cpus-per-task", "12", "--sbatch=--qos=high",
+                  "--setup", "module load cuda", "--image", "registry/maxlm:1", "--mount", "/runs")
     script = rendered("submit_slurm", words, monkeypatch, capsys)
     options = [line.split()[1] for line in script.splitlines() if line.startswith("#SBATCH")]
-    assert options[1:] == ["--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu", "--time=1-00:00",
-                           "--output=/runs/70b.log", "--open-mode=append", "--requeue", "--signal=TERM@150",
-                           "--qos=high"]
-    assert "--container-image=registry/maxlm:1 --container-mounts=/runs:/runs" in script
+    assert options[1:] == [
+        "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu", "--time=1-00:00",
+        "--cpus-per-task=12", "--output=/runs/70b.log", "--open-mode=append", "--requeue", "--signal=TERM@150",
+        "--qos=high"]
+    assert ("srun --wait=120 --kill-on-bad-exit=0 --cpus-per-task=12 --container-image=registry/maxlm:1 "
+            "--container-mounts=/runs:/runs bash -c ") in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
@@ -191,16 +194,19 @@ def test_slurm_array():
         ("submit_gke", [*TPU, *GKE, "--set", "model.layers=1"], "unknown config key 'model.layers'"),
         ("submit_gke", [*TPU, *GKE, "--name", "Big"], "--name Big must be at most"),
         ("submit_gke", [*TPU, "--claim", "runs:/runs"], "--image is needed"),
-        ("submit_gke", [*TPU, "--image", "i", "--claim", "other:/other"], "would be lost with its pod"),
+        ("submit_gke", [*TPU, "--image", "i", "--claim", "other:/other"], "would be lost with the job: mount a volume"),
         ("submit_gke", [*TPU, "--image", "i", "--claim", "runs"], "must be NAME:/PATH"),
         ("submit_gke", ["--topology", "cpu:1x2", *GKE], "not for this scheduler, which has TPUs and GPUs"),
         ("submit_gke", [*GPU, *GKE, "--slices", "2", "--set", "mesh.data=2"], "--slices 2 is for TPUs"),
+        ("submit_gke", ["--topology", "v6e:2x4", *GKE, "--slices", "2", "--set", "mesh.data=2"], "is one host"),
         ("submit_gke", [*GKE], "--topology is needed"),
         ("submit_slurm", [*TPU], "not for this scheduler, which has GPUs and CPUs"),
         ("submit_slurm", [*GPU, "--mount", "/runs"], "--mount is for --image"),
+        ("submit_slurm", [*GPU, "--image", "i"], "would be lost with the job: let the container see"),
+        ("submit_tpu_queued", [*TPU, "--zone", "z", "--image", "i", "--mount", "/run"], "let the container see"),
         ("submit_slurm", [*GPU, "--retries", "-1"], "--retries -1 must be 0 or more"),
         ("submit_tpu_queued", ["--topology", "v5p:4x8x16", "--zone", "z"], "ask for v5p:8x8x8"),
-        ("submit_skypilot", [*GPU], "would be lost with its machine"),
+        ("submit_skypilot", [*GPU], "would be lost with the job: mount a bucket"),
         ("submit_skypilot", [*TPU, "--slices", "2", "--set", "mesh.data=2"], "SkyPilot has no multislice"),
         ("submit_skypilot", [*GPU, "--bucket", "/runs"], "must be /PATH=URL"),
     ],
@@ -230,5 +236,5 @@ def test_the_tool_is_called(name, tool, monkeypatch, capsys, tmp_path):
 def test_nothing_starts_jax():
     code = ("import sys, maxlm.submit.gke, maxlm.submit.queued, maxlm.submit.skypilot, maxlm.submit.slurm; "
             "print(*[m for m in ('jax', 'numpy', 'yaml') if m in sys.modules])")
-    child = subprocess.run(["python3", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (child.returncode, child.stdout.strip()) == (0, "")

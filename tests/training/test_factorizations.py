@@ -48,7 +48,13 @@ QUICK = [dict.fromkeys(AXES, 1) | mesh for mesh in (dict(fsdp=2, context=2, tens
 
 def named(mesh, way):
     words = [f"{axis}{n}" for axis, n in mesh.items() if n > 1]
-    return pytest.param(mesh, way, id="-".join([*words, way]), marks=() if mesh in QUICK else pytest.mark.slow)
+    marks = [] if mesh in QUICK else [pytest.mark.slow] if sampled(mesh) else [pytest.mark.slow, pytest.mark.exhaustive]
+    return pytest.param(mesh, way, id="-".join([*words, way]), marks=marks)
+
+
+def sampled(mesh):
+    """A quarter of the table, spread over it: what CI has time for."""
+    return TABLE.index(next(case for case in TABLE if case[0] == mesh)) % 4 == 1
 
 
 def settings(layers, jitter, mesh=None, way="auto", **sections):

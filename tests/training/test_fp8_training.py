@@ -24,7 +24,8 @@ def apart(a: Run, b: Run) -> float:
     return moved(a.last, b.last) / moved(b.last, b.first)
 
 
-@pytest.mark.parametrize("recipe", ["fp8", pytest.param("fp8_rowwise", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", ["fp8", *(pytest.param(recipe, marks=pytest.mark.slow)
+                                            for recipe in ("fp8_rowwise", "fp8_block"))])
 def test_a_step_is_near_bf16s(recipe):
     assert 0.01 < apart(step(recipe), step("bf16")) < 0.25
     assert apart(step(recipe, window=2), step("bf16")) > 0.4  # another model is further

@@ -37,6 +37,8 @@ def test_the_figures_of_a_run(made):
         assert load.shape == (1, 8) and np.isclose(load.mean(), 1, atol=1e-3)
         assert np.isclose(row["load_max_over_mean"], load.max(), atol=1e-3)
         assert row["dead_experts"] == (load == 0).sum() and 0 < row["load_entropy"] <= 1
+        assert set(row["experts"]) == {"load", "max_over_mean", "entropy", "dead", "dropped", "balance_loss", "z_loss",
+                                       "logit_rms"}
         assert row["balance_loss"] > 0 and row["router_z_loss"] > 0 and row["router_logit_rms"] > 0
     assert (run / "expert_load.png").stat().st_size > 5000
 

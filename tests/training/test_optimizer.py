@@ -102,9 +102,13 @@ def described(tree):
     return {name: (a.shape, a.dtype.name, whole(a), a.weak_type) for name, a in named_leaves(tree).items()}
 
 
-@pytest.mark.parametrize("recipe", typing.get_args(typing.get_type_hints(PrecisionConfig)["recipe"]))
+RECIPES, DTYPES = (typing.get_args(typing.get_type_hints(kind)[field])
+                   for kind, field in ((PrecisionConfig, "recipe"), (OptimizerConfig, "mu_dtype")))
+
+
+@pytest.mark.parametrize(("recipe", "moments"), [*((recipe, "float32") for recipe in RECIPES),
+                                                 *(("bf16", dtype) for dtype in DTYPES[1:]), ("fp8", "float8")])
 @pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(OptimizerConfig)["name"]))
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 def test_a_step_keeps_the_types_and_layout_of_the_state(name, recipe, moments):
     """By types alone (explicit sharding carries the layout in them), so without the compiled step's own demands."""
     config = tiny_config(mesh=dict(data=2, fsdp=2, tensor=2), precision=dict(recipe=recipe),

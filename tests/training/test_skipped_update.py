@@ -37,9 +37,9 @@ def bits(tree):
 
 @pytest.mark.parametrize(("optimizer", "devices"), [
     (dict(name="adamw"), 1),
-    pytest.param(dict(name="adamw", clip_norm=0.0, nu_dtype="bfloat16"), 4, marks=pytest.mark.slow),
+    pytest.param(dict(name="adamw", clip_norm=0.0, mu_dtype="float8", nu_dtype="bfloat16"), 4, marks=pytest.mark.slow),
     pytest.param(dict(name="muon"), 4, marks=pytest.mark.slow),
-], ids=["adamw", "no clipping, bfloat16, four devices", "muon"])
+], ids=["adamw", "no clipping, float8 and bfloat16, four devices", "muon"])
 def test_a_bad_step_keeps_every_bit_and_the_next_goes_on(optimizer, devices):
     config = tiny_config(optimizer=dict(weight_decay=0.0, **optimizer), mesh=dict(data=2 if devices > 1 else 1),
                          model=dict(num_layers=1, layer_pattern=["global"], tie_embeddings=False))

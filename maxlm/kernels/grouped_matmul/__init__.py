@@ -2,9 +2,10 @@
 
     name, reason = choose_grouped_matmul(config.compute.grouped_matmul, platform="gpu", ...)
     (out_RF,) = grouped_matmul(x_RD, (w_EDF,), sizes_E, name)
-    gate_RF, up_RF = expert_products(numerics.experts, name, dims, x_RD, (gate_EDF, up_EDF), sizes_E)
+    gate_RF, up_RF = spread_products(numerics.experts, name, dims, x_ND, plan, (gate_EDF, up_EDF))
+    out_ND = collected_product(numerics.experts, name, dims, hidden_RF, plan, down_EFD)
 
-Dims: R rows, E groups, D contracted, F produced. Rows stand in order of their group.
+Dims: N tokens, R rows, E groups, D contracted, F produced. Rows stand in order of their group.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import jax
 
 from maxlm.kernels.grouped_matmul.blocks import BLOCK, blocks_matmul
 from maxlm.kernels.grouped_matmul.choose import choose_grouped_matmul
-from maxlm.kernels.grouped_matmul.fp8 import fp8_products
+from maxlm.kernels.grouped_matmul.fp8 import fp8_collected_product, fp8_spread_products
+from maxlm.kernels.grouped_matmul.rows import Plan, collect, spread
 from maxlm.numerics import Fp8, Plain
 from maxlm.parallel.sharding import Dims
 
-__all__ = ["GROUP_MULTIPLE", "ROW_MULTIPLE", "choose_grouped_matmul", "expert_products", "grouped_matmul"]
+__all__ = ["GROUP_MULTIPLE", "ROW_MULTIPLE", "Plan", "choose_grouped_matmul", "collect", "collected_product",
+           "grouped_matmul", "spread", "spread_products"]
 
 # what each group's rows must be padded to
 GROUP_MULTIPLE = {"blocks": BLOCK, "ragged_dot": 1, "mosaic_gpu": 128, "mosaic_tpu": 1}
@@ -46,10 +49,18 @@ def grouped_matmul(x_RD: jax.Array, weights: tuple[jax.Array, ...], sizes_E: jax
     raise ValueError(f"grouped_matmul implementation {implementation!r} is not one of {sorted(GROUP_MULTIPLE)}")
 
 
-def expert_products(numerics: Plain | Fp8, implementation: str, dims: Dims | None, x_RD: jax.Array,
-                    weights: tuple[jax.Array, ...], sizes_E: jax.Array) -> tuple[jax.Array, ...]:
-    """`grouped_matmul` of x with each of `weights`. Those of `Fp8` are float32 and laid out as stored (dims:
-    `fp8_products`); those of `Plain` are cast and gathered."""
+def spread_products(numerics: Plain | Fp8, implementation: str, dims: Dims | None, x_ND: jax.Array, plan: Plan,
+                    weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """`grouped_matmul` of the tokens, spread over the plan's rows, with each of `weights`. Those of `Fp8` are float32
+    and laid out as stored (dims: `fp8_spread_products`); those of `Plain` are cast and gathered."""
     if isinstance(numerics, Fp8):
-        return fp8_products(numerics, implementation, dims, x_RD, weights, sizes_E)
-    return grouped_matmul(x_RD, weights, sizes_E, implementation)
+        return fp8_spread_products(numerics, implementation, dims, x_ND, plan, weights)
+    return grouped_matmul(spread(x_ND, plan), weights, plan.sizes_E, implementation)
+
+
+def collected_product(numerics: Plain | Fp8, implementation: str, dims: Dims | None, h_RF: jax.Array, plan: Plan,
+                      weight_EFD: jax.Array) -> jax.Array:
+    """`grouped_matmul` of rows with a weight (as above), collected for the plan's tokens: [N, D]."""
+    if isinstance(numerics, Fp8):
+        return fp8_collected_product(numerics, implementation, dims, h_RF, plan, weight_EFD)
+    return collect(grouped_matmul(h_RF, (weight_EFD,), plan.sizes_E, implementation)[0], plan)

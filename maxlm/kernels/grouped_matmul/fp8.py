@@ -5,9 +5,9 @@ the rows are one sum), or each row, each expert's output column and, for
 the weights' gradient, each column of all rows has its own ('row'). Scales are of the whole thing wherever its parts
 are, so that a mesh changes the order of sums alone. Weights are quantised where they are stored and gathered over
 `fsdp` in 8 bits. Both operands of each product are contracted along their last dims, the only form that Hopper's units
-take: what has to be turned for that is turned as 8-bit values.
+take: what has to be turned for that is turned as 8-bit values. Tokens are quantised before they are spread over rows.
 
-Dims: R rows, E groups, K contracted, F produced.
+Dims: N tokens, R rows, E groups, K contracted, F produced.
 """
 
 from __future__ import annotations
@@ -17,52 +17,88 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from maxlm.kernels.grouped_matmul.eight_bit import grouped_product_8bit, grouped_weights_8bit
+from maxlm.kernels.grouped_matmul.rows import Plan, collect, spread
 from maxlm.numerics.fp8 import BACKWARD, FORWARD, Fp8, Quantised, scaled, scaled_alike
 from maxlm.parallel.sharding import COMPUTE, REPLICAS, STORAGE, Dims, split_over
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def fp8_products(recipe: Fp8, implementation: str, dims: Dims | None, x_RK: jax.Array, weights: tuple[jax.Array, ...],
-                 sizes_E: jax.Array) -> tuple[jax.Array, ...]:
-    """The grouped product [R, F] of x with each of `weights` [E, K, F], in `recipe.dtype`; 0 behind the last group.
+def fp8_spread_products(recipe: Fp8, implementation: str, dims: Dims | None, x_NK: jax.Array, plan: Plan,
+                        weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The grouped product [R, F], with each of `weights` [E, K, F], of tokens spread over the plan's rows, in
+    `recipe.dtype`; 0 behind the last group.
 
     dims: in a `shard_map`, the logical dims of a weight, which is float32 and split as it is stored; None where there
-    is no mesh. implementation, sizes_E: as for `grouped_matmul`. The weights' gradients are float32.
+    is no mesh. implementation, plan.sizes_E: as for `grouped_matmul`. The weights' gradients are float32.
     """
-    return _forward(recipe, implementation, dims, x_RK, weights, sizes_E)[0]
+    return _spread_forward(recipe, implementation, dims, x_NK, plan, weights)[0]
 
 
-def _forward(recipe, implementation, dims, x_RK, weights, sizes_E):
-    x8 = _rows(recipe, x_RK, FORWARD, sizes_E, _axes(COMPUTE, dims, 1), dims)
-    x8 = _kept(x8)
-    w8s = tuple(_kept(_gathered(w8, dims)) for w8 in _weights(recipe, weights, 1, dims))
-    ys = tuple(_product(recipe, implementation, ((x8, _turned(w8)),), sizes_E) for w8 in w8s)
+def _spread_forward(recipe, implementation, dims, x_NK, plan, weights):
+    # Of all tokens: where some have no row, the scale of all can be larger than the rows would need.
+    x8 = _kept(_scaled(recipe, x_NK, FORWARD, _axes(COMPUTE, dims, 1), dims))
+    w8s, rows8 = _forward_weights(recipe, weights, dims), _spread(x8, plan)
+    ys = tuple(_product(recipe, implementation, ((rows8, _turned(w8)),), plan.sizes_E) for w8 in w8s)
     # A scale a row belongs to one product: the backward pass then starts again from what was given.
-    return ys, (x8, w8s, sizes_E) if recipe.scaling == "tensor" else (x_RK, weights, sizes_E)
+    return ys, (x8, w8s, plan) if recipe.scaling == "tensor" else (x_NK, weights, plan)
 
 
-def _backward(recipe, implementation, dims, kept, gs):
-    x, w8s, sizes_E = kept
-    g8s = _gradients(recipe, gs, sizes_E, _axes(COMPUTE, dims, 2), dims)
+def _spread_backward(recipe, implementation, dims, kept, gs):
+    x, weights, plan = kept
+    gs = [_held(g, plan.sizes_E) for g in gs]
+    g8s, w8s = _gradients(recipe, gs, dims), _backward_weights(recipe, weights, dims)
+    dx = collect(_product(recipe, implementation, tuple(zip(g8s, w8s, strict=True)), plan.sizes_E), plan)
+    if recipe.scaling == "tensor":
+        x8 = _spread(x, plan)
+    else:
+        x8, g8s = _columns(recipe, spread(x, plan), FORWARD, dims), [_columns(recipe, g, BACKWARD, dims) for g in gs]
+    return dx, None, _weights_gradients(recipe, implementation, dims, x8, g8s, plan.sizes_E)
+
+
+fp8_spread_products.defvjp(_spread_forward, _spread_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def fp8_collected_product(recipe: Fp8, implementation: str, dims: Dims | None, x_RK: jax.Array, plan: Plan,
+                          weight: jax.Array) -> jax.Array:
+    """The grouped product of the plan's rows with `weight` [E, K, F], collected for its tokens: [N, F] in
+    `recipe.dtype`. The rest as above."""
+    return _collected_forward(recipe, implementation, dims, x_RK, plan, weight)[0]
+
+
+def _collected_forward(recipe, implementation, dims, x_RK, plan, weight):
+    x8 = _kept(_scaled(recipe, _held(x_RK, plan.sizes_E), FORWARD, _axes(COMPUTE, dims, 1), dims))
+    (w8,) = _forward_weights(recipe, (weight,), dims)
+    y_NF = collect(_product(recipe, implementation, ((x8, _turned(w8)),), plan.sizes_E), plan)
+    return y_NF, (x8, w8, plan) if recipe.scaling == "tensor" else (x_RK, weight, plan)
+
+
+def _collected_backward(recipe, implementation, dims, kept, g_NF):
+    x, weight, plan = kept
+    g8 = _spread(_scaled(recipe, g_NF, BACKWARD, _axes(COMPUTE, dims, 2), dims), plan)
+    dx = _product(recipe, implementation, ((g8, *_backward_weights(recipe, (weight,), dims)),), plan.sizes_E)
     if recipe.scaling == "row":
-        w8s = [_gathered(w8, dims) for w8 in _weights(recipe, w8s, 2, dims)]
-    dx = _product(recipe, implementation, tuple(zip(g8s, w8s, strict=True)), sizes_E)
-    if recipe.scaling == "row":
-        x, *g8s = (_columns(recipe, rows, dtype, sizes_E, dims)
-                   for rows, dtype in ((x, FORWARD), *((g, BACKWARD) for g in gs)))
-    x_turned, dws = _turned(x), []
+        x = _columns(recipe, _held(x, plan.sizes_E), FORWARD, dims)
+        g8 = _columns(recipe, spread(g_NF, plan), BACKWARD, dims)
+    return dx, None, *_weights_gradients(recipe, implementation, dims, x, (g8,), plan.sizes_E)
+
+
+fp8_collected_product.defvjp(_collected_forward, _collected_backward)
+
+
+def _weights_gradients(recipe, implementation, dims, x8, g8s, sizes_E):
+    """Of each g8 the weight's, from x8's and its rows: float32, as the weight is stored."""
+    x_turned, dws = _turned(x8), []
     for g8 in map(_turned, g8s):
         whole = (x_turned.factors * g8.factors).reshape(()) if recipe.scaling == "tensor" else jnp.float32(1)
         dw = grouped_weights_8bit(x_turned.values, g8.values, sizes_E, whole, implementation)
         if recipe.scaling == "row":
             dw = dw * x_turned.factors[None] * jnp.swapaxes(g8.factors, 0, 1)[None]
         dws.append(_reduced(dw.astype(recipe.dtype), dims).astype(jnp.float32))  # summed over devices as in bf16
-    return dx, tuple(dws), None
-
-
-fp8_products.defvjp(_forward, _backward)
+    return tuple(dws)
 
 
 def _product(recipe, implementation, pairs, sizes_E):
@@ -81,32 +117,50 @@ def _product(recipe, implementation, pairs, sizes_E):
     return sum(parts).astype(recipe.dtype)
 
 
-def _rows(recipe, rows_RK, dtype, sizes_E, across, dims):
+def _scaled(recipe, rows_RK, dtype, across, dims):
     """With a scale a row, or one of all. across: mesh axes that K is split over."""
     if recipe.scaling == "row":
-        return scaled(_held(rows_RK, sizes_E), dtype, (1,), recipe.power_of_two, across)
-    everywhere = (*split_over(rows_RK), "tensor") if dims else ()
-    return scaled(_held(rows_RK, sizes_E), dtype, None, recipe.power_of_two, everywhere)
+        return scaled(rows_RK, dtype, (1,), recipe.power_of_two, across)
+    return scaled(rows_RK, dtype, None, recipe.power_of_two, _everywhere(rows_RK, dims))
+
+
+def _everywhere(rows, dims):
+    return (*split_over(rows), "tensor") if dims else ()
+
+
+def _spread(x8: Quantised, plan: Plan) -> Quantised:
+    """The tokens' values in their rows; so far fewer are quantised, and half of the bytes are moved."""
+    return Quantised(spread(x8.values, plan), x8.factors if x8.factors.shape[0] == 1 else spread(x8.factors, plan))
 
 
 def _kept(x8: Quantised) -> Quantised:
-    """By the name that a rematerialisation keeps it by; as integers, because JAX rounds floats that it keeps to their
-    format as if its largest exponent were infinity's, and E4M3 has numbers there."""
+    """By the name that a rematerialisation may keep it by; as integers, because JAX rounds floats that it keeps to
+    their format as if its largest exponent were infinity's, and E4M3 has numbers there."""
     bits = jax.lax.bitcast_convert_type(x8.values, jnp.uint8)
     bits, factors = (checkpoint_name(part, "8bit") for part in (bits, x8.factors))
     return Quantised(jax.lax.bitcast_convert_type(bits, x8.values.dtype), factors)
 
 
-def _gradients(recipe, gs, sizes_E, across, dims):
+def _gradients(recipe, gs, dims):
     """Those that are added up have one scale ('tensor'), so that one product can."""
     if recipe.scaling == "row":
-        return [_rows(recipe, g, BACKWARD, sizes_E, across, dims) for g in gs]
-    return scaled_alike([_held(g, sizes_E) for g in gs], BACKWARD, None, recipe.power_of_two,
-                        (*split_over(gs[0]), "tensor") if dims else ())
+        return [_scaled(recipe, g, BACKWARD, _axes(COMPUTE, dims, 2), dims) for g in gs]
+    return scaled_alike(gs, BACKWARD, None, recipe.power_of_two, _everywhere(gs[0], dims))
 
 
-def _columns(recipe, rows_RK, dtype, sizes_E, dims):
-    return scaled(_held(rows_RK, sizes_E), dtype, (0,), recipe.power_of_two, split_over(rows_RK))
+def _columns(recipe, rows_RK, dtype, dims):
+    return scaled(rows_RK, dtype, (0,), recipe.power_of_two, split_over(rows_RK))
+
+
+def _forward_weights(recipe, weights, dims):
+    return tuple(_kept(_gathered(w8, dims)) for w8 in _weights(recipe, weights, 1, dims))
+
+
+def _backward_weights(recipe, weights, dims):
+    """For sums over their last dim, from what the forward pass kept of them."""
+    if recipe.scaling == "tensor":
+        return weights
+    return tuple(_gathered(w8, dims) for w8 in _weights(recipe, weights, 2, dims))
 
 
 def _weights(recipe, weights, contracted, dims):
@@ -125,8 +179,15 @@ def _held(rows, sizes_E):
 
 
 def _turned(a: Quantised) -> Quantised:
-    """With the last two dims exchanged; behind a barrier, without which the compiler would quantise twice."""
-    return Quantised(*(jnp.swapaxes(part, -1, -2) for part in jax.lax.optimization_barrier(a)))
+    """With the last two dims exchanged; behind a barrier, without which the compiler would quantise twice. Row-major
+    before and after: left alone, XLA lays out the 16-bit rows so that the 8-bit ones need no turn, and turns the 16-bit
+    ones for everything else."""
+    values, factors = jax.lax.optimization_barrier(a)
+    return Quantised(_row_major(jnp.swapaxes(_row_major(values), -1, -2)), jnp.swapaxes(factors, -1, -2))
+
+
+def _row_major(a: jax.Array) -> jax.Array:
+    return with_layout_constraint(a, Layout(major_to_minor=tuple(range(a.ndim))))
 
 
 def _axes(layout, dims, *places):

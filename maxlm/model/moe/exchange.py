@@ -10,6 +10,9 @@ Three exchanges along the mesh axis `expert`, for use inside a `shard_map`, and 
 Each takes this device's tokens and gives (what the experts made of them, weighted and summed over each token's choices;
 how many choices found no room). A choice without room adds nothing to its token and takes no other's place.
 
+With `eight_bit`, what goes to the experts goes as 8-bit floats with a scale a row: tokens as E4M3, gradients of their
+results as E5M2. What comes back is summed, and stays as it is (DeepSeek-V3, arXiv:2412.19437, section 3.3.3).
+
 Dims: N tokens of this device, K choices a token, D width, R rows, E experts, L = E / P of this device, P devices.
 """
 
@@ -20,18 +23,19 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from maxlm.kernels.grouped_matmul import ROW_MULTIPLE
-from maxlm.model.moe.plan import Plan, by_row, collect, grouped_plan, rows_needed, slotted_plan, spread, unplaced
+from maxlm.kernels.grouped_matmul import ROW_MULTIPLE, Plan, collect, spread
+from maxlm.model.moe.plan import by_row, grouped_plan, rows_needed, slotted_plan, unplaced
+from maxlm.numerics.fp8 import BACKWARD, FORWARD, scaled
 
 AXIS = "expert"
 KEPT = ("mlp_up", "8bit")  # what experts keep for their backward pass
 
-Serve = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (rows [R, D], weights [R], sizes [L]) -> [R, D]
+Serve = Callable[[jax.Array, jax.Array, Plan], jax.Array]  # (tokens [N, D], weights [N, K], plan) -> [N, D]
 
 
 @dataclass(frozen=True)
@@ -58,64 +62,118 @@ class Room:
         return min(most, math.ceil(self.buffer_factor * even_share)) if self.buffer_factor else most
 
 
-def stay(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, serve: Serve, room: Room,
-         num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """All experts are here, and so is what they can be asked for."""
+def stay(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, serve: Serve, room: Room, num_experts: int,
+         eight_bit: bool) -> tuple[jax.Array, jax.Array]:
+    """All experts are here, and so is what they can be asked for; nothing travels."""
     plan = dataclasses.replace(room, buffer_factor=0.0).plan(expert_NK, num_experts, expert_NK.size)
     return _served(x_ND, weight_NK, serve, plan), _count(unplaced(plan))
 
 
 def all_gather(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, serve: Serve, room: Room,
-               num_experts: int) -> tuple[jax.Array, jax.Array]:
+               num_experts: int, eight_bit: bool) -> tuple[jax.Array, jax.Array]:
     num_local = num_experts // jax.lax.axis_size(AXIS)
-    every = [jax.lax.all_gather(a, AXIS, axis=0, tiled=True) for a in (x_ND, expert_NK, weight_NK)]
-    local_NK = every[1] - jax.lax.axis_index(AXIS) * num_local
+    ways = _Ways(lambda rows, _: jax.lax.all_gather(rows, AXIS, axis=0, tiled=True),
+                 lambda rows, _: jax.lax.psum_scatter(rows, AXIS, scatter_dimension=0, tiled=True), None, eight_bit)
+    local_NK = ways.numbers(expert_NK) - jax.lax.axis_index(AXIS) * num_local
     plan = room.plan(local_NK, num_local, expert_NK.size)
     lost = unplaced(plan) & (local_NK >= 0) & (local_NK < num_local)
-    out_ND = _served(every[0], every[2], serve, plan)
-    return jax.lax.psum_scatter(out_ND, AXIS, scatter_dimension=0, tiled=True), _count(lost)
+    return ways.results(_served(ways.tokens(x_ND), ways.numbers(weight_NK), serve, plan)), _count(lost)
 
 
 def all_to_all(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, serve: Serve, room: Room,
-               num_experts: int) -> tuple[jax.Array, jax.Array]:
-    ways, choices = jax.lax.axis_size(AXIS), expert_NK.size
-    num_local = num_experts // ways
-    sent = slotted_plan(expert_NK // num_local, ways, room.buffer(-(-choices // ways), choices))
-    move = lambda rows: jax.lax.all_to_all(rows, AXIS, 0, 0, tiled=True)  # noqa: E731
-    x_RD, weight_R, local_R = (move(rows) for rows in _outgoing(x_ND, expert_NK, weight_NK, sent, num_local))
+               num_experts: int, eight_bit: bool) -> tuple[jax.Array, jax.Array]:
+    devices, choices = jax.lax.axis_size(AXIS), expert_NK.size
+    num_local = num_experts // devices
+    sent = slotted_plan(expert_NK // num_local, devices, room.buffer(-(-choices // devices), choices))
+    move = lambda rows, _: jax.lax.all_to_all(rows, AXIS, 0, 0, tiled=True)  # noqa: E731
+    ways = _Ways(move, move, None, eight_bit)
+    x_RD, weight_R, local_R = _exchanged(x_ND, expert_NK, weight_NK, sent, num_local, ways)
     out_RD, lost = _arrived(x_RD, weight_R, local_R, serve, room, num_local, choices)
-    return collect(move(out_RD), sent), lost + _count(unplaced(sent))
+    return collect(ways.results(out_RD), sent), lost + _count(unplaced(sent))
 
 
 def ragged_all_to_all(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, serve: Serve, room: Room,
-                      num_experts: int) -> tuple[jax.Array, jax.Array]:
-    ways, choices = jax.lax.axis_size(AXIS), expert_NK.size
-    num_local = num_experts // ways
-    sent = grouped_plan(expert_NK // num_local, ways, choices)
-    sizes = (choices, room.buffer(choices, choices * ways))
+                      num_experts: int, eight_bit: bool) -> tuple[jax.Array, jax.Array]:
+    devices, choices = jax.lax.axis_size(AXIS), expert_NK.size
+    num_local = num_experts // devices
+    sent = grouped_plan(expert_NK // num_local, devices, choices)
+    sizes = (choices, room.buffer(choices, choices * devices))
     paths, unsent = _paths(sent.sizes_E, sizes[1])
-    x_RD, weight_R, local_R = (_there(rows, paths, sizes) for rows in _outgoing(x_ND, expert_NK, weight_NK, sent,
-                                                                                num_local))
+    ways = _Ways(lambda rows, paths: _there(rows, paths, sizes), lambda rows, paths: _back(rows, paths, sizes), paths,
+                 eight_bit)
+    x_RD, weight_R, local_R = _exchanged(x_ND, expert_NK, weight_NK, sent, num_local, ways)
     came_R = jnp.arange(sizes[1]) < jnp.sum(paths.receive)
     out_RD, lost = _arrived(x_RD, weight_R, jnp.where(came_R, local_R, -1), serve, room, num_local, choices)
-    return collect(_back(out_RD, paths, sizes), sent), lost + unsent
+    return collect(ways.results(out_RD), sent), lost + unsent
 
 
 EXCHANGES = {"all_gather": all_gather, "all_to_all": all_to_all, "ragged_all_to_all": ragged_all_to_all}
+
+
+class _Ways(NamedTuple):
+    """To the experts, and back: linear maps of rows along `paths`, each other's transposes."""
+
+    there: Callable[[jax.Array, Any], jax.Array]
+    back: Callable[[jax.Array, Any], jax.Array]
+    paths: Any
+    eight_bit: bool
+
+    def numbers(self, rows: jax.Array) -> jax.Array:
+        """What belongs to tokens, to the experts."""
+        return self.there(rows, self.paths)
+
+    def tokens(self, rows: jax.Array) -> jax.Array:
+        """Their vectors, to the experts."""
+        if not self.eight_bit:
+            return self.there(rows, self.paths)
+        return _sent(self.there, self.back, rows, self.paths)
+
+    def results(self, rows: jax.Array) -> jax.Array:
+        """What experts made of them, back."""
+        if not self.eight_bit:
+            return self.back(rows, self.paths)
+        return _returned(self.there, self.back, rows, self.paths)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sent(there, back, rows, paths):
+    """`there` in 8 bits. Its gradient goes back as it is."""
+    return _carried(there, rows, paths, FORWARD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _returned(there, back, rows, paths):
+    """`back`, whose gradient goes there in 8 bits."""
+    return back(rows, paths)
+
+
+_sent.defvjp(lambda there, back, rows, paths: (_sent(there, back, rows, paths), paths),
+             lambda there, back, paths, g: (back(g, paths), None))
+_returned.defvjp(lambda there, back, rows, paths: (back(rows, paths), paths),
+                 lambda there, back, paths, g: (_carried(there, g, paths, BACKWARD), None))
+
+
+def _carried(there, rows, paths, dtype):
+    """Scales are powers of two, so that nothing is rounded where they are undone. Bytes travel: every backend moves
+    those."""
+    rows8 = scaled(rows, dtype, (1,), power_of_two=True)
+    values = jax.lax.bitcast_convert_type(there(jax.lax.bitcast_convert_type(rows8.values, jnp.uint8), paths), dtype)
+    return (values.astype(jnp.float32) * there(rows8.factors, paths)).astype(rows.dtype)
 
 
 @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*KEPT), static_argnums=2)
 def _served(x_ND, weight_NK, serve, plan):
     """The backward pass makes rows from tokens again, and hidden units from gate and up: together they would be as much
     memory as the rest of a layer, and both are a pass over what is there (docs/MOE.md)."""
-    return collect(serve(spread(x_ND, plan), by_row(weight_NK, plan), plan.sizes_E), plan)
+    return serve(x_ND, weight_NK, plan)
 
 
-def _outgoing(x_ND, expert_NK, weight_NK, sent, num_local):
-    """Rows, weights and local experts (-1 where a row holds nothing) in the order of `sent`."""
+def _exchanged(x_ND, expert_NK, weight_NK, sent, num_local, ways):
+    """Rows, weights and local experts (-1 where a row holds nothing), sent in the order of `sent`, as they arrive."""
     held_R = sent.choice_R < expert_NK.size
     local_R = expert_NK.reshape(-1)[jnp.where(held_R, sent.choice_R, 0)] % num_local
-    return spread(x_ND, sent), by_row(weight_NK, sent), jnp.where(held_R, local_R, -1)
+    return (ways.tokens(spread(x_ND, sent)), ways.numbers(by_row(weight_NK, sent)),
+            ways.numbers(jnp.where(held_R, local_R, -1)))
 
 
 def _arrived(x_RD, weight_R, local_R, serve, room, num_local, even_share):

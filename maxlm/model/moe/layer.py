@@ -18,11 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config import ModelConfig
-from maxlm.kernels.grouped_matmul import GROUP_MULTIPLE, expert_products
+from maxlm.kernels.grouped_matmul import GROUP_MULTIPLE, collect, collected_product, spread_products
 from maxlm.model.mlp import ACTIVATIONS, MLP
 from maxlm.model.moe.exchange import EXCHANGES, Room, stay
 from maxlm.model.moe.load import Load, measure_load
-from maxlm.model.moe.router import choose
+from maxlm.model.moe.plan import by_row
+from maxlm.model.moe.router import choose, router_logits
 from maxlm.model.parameter import matrix
 from maxlm.numerics import Fp8, Numerics
 from maxlm.parallel.context import balanced_order
@@ -107,8 +108,7 @@ def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, numerics, kern
     """One device's tokens (router_BTD: as the router sees them), and the load of all."""
     (B, T, D), moe = x_BTD.shape, config.moe
     x_ND, real_N = x_BTD.reshape(B * T, D), segment_ids_BT.reshape(-1) > 0
-    logits_NE = jnp.einsum("nd,de->ne", router_BTD.reshape(B * T, D).astype(jnp.float32), weights["router"],
-                           precision=jax.lax.Precision.HIGHEST)
+    logits_NE = router_logits(router_BTD.reshape(B * T, D), weights["router"])
     choice = choose(logits_NE, weights.get("selection_bias"), config)
     routed = (x_ND, choice.expert_NK, choice.weight_NK)
     if sharded:  # from here on each part of `tensor` does something else with a token
@@ -117,7 +117,8 @@ def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, numerics, kern
                               sharded=sharded)
     apart = sharded and jax.lax.axis_size("expert") > 1
     out_ND, lost = (EXCHANGES[exchange] if apart else stay)(
-        *routed, serve, Room(moe.capacity_factor, moe.buffer_factor, GROUP_MULTIPLE[kernel]), config.num_experts)
+        *routed, serve, Room(moe.capacity_factor, moe.buffer_factor, GROUP_MULTIPLE[kernel]), config.num_experts,
+        numerics.fp8_exchange)
     out_BTD = out_ND.reshape(B, T, D)
     if sharded:
         out_BTD = scattered_tokens(out_BTD)
@@ -139,27 +140,29 @@ def _varying(weights: dict[str, jax.Array], layouts: dict[str, P], stored: tuple
     return {name: one(name) for name in weights}
 
 
-def _experts(x_RD, weight_R, sizes_E, *, weights, config, numerics, kernel, sharded):
-    """Each row through its expert, times its weight: [R, D]. Where `tensor` splits the experts, this device's part."""
-
-    def products(rows, dims, *names):
-        wanted = tuple(weights[name] for name in names)
-        return expert_products(numerics, kernel, dims if sharded else None, rows, wanted, sizes_E)
-
-    bias = _expert_bias(x_RD, sizes_E, weights)
+def _experts(x_ND, weight_NK, plan, *, weights, config, numerics, kernel, sharded):
+    """Each token through its experts, times their weights, summed: [N, D]. Where `tensor` splits the experts, this
+    device's part."""
+    layout = lambda dims: dims if sharded else None  # noqa: E731
+    weight_R, bias = by_row(weight_NK, plan), _expert_bias(plan, weights, x_ND.dtype)
+    into = spread_products(numerics, kernel, layout(INTO), x_ND, plan, (weights["gate"], weights["up"]))
     gate_RF, up_RF = (checkpoint_name(out_RF + bias(name), "mlp_up") for out_RF, name in zip(
-        products(x_RD, INTO, "gate", "up"), ("gate_bias", "up_bias"), strict=True))
-    out_RD, = products(_weighted(ACTIVATIONS[config.activation], gate_RF, up_RF, weight_R), OUT, "down")
+        into, ("gate_bias", "up_bias"), strict=True))
+    h_RF = _weighted(ACTIVATIONS[config.activation], gate_RF, up_RF, weight_R)
+    out_ND = collected_product(numerics, kernel, layout(OUT), h_RF, plan, weights["down"])
+    if "down_bias" not in weights:
+        return out_ND
     whole = not sharded or jax.lax.axis_index("tensor") == 0  # the parts are summed over `tensor`
-    return out_RD + jnp.where(whole, bias("down_bias") * weight_R[:, None].astype(x_RD.dtype), 0)
+    return out_ND + collect(jnp.where(whole, bias("down_bias") * weight_R[:, None].astype(x_ND.dtype), 0), plan)
 
 
-def _expert_bias(x_RD, sizes_E, weights):
+def _expert_bias(plan, weights, dtype):
     """A function name -> [R, F]: each row's bias; 0 where the experts have none."""
     if "gate_bias" not in weights:
-        return lambda name: jnp.zeros((1, 1), x_RD.dtype)
-    expert_R = jnp.sum(jnp.arange(x_RD.shape[0], dtype=jnp.int32)[:, None] >= jnp.cumsum(sizes_E)[None], axis=1)
-    of_E = (expert_R[:, None] == jnp.arange(sizes_E.size)[None]).astype(x_RD.dtype)
+        return lambda name: jnp.zeros((1, 1), dtype)
+    expert_R = jnp.sum(jnp.arange(plan.choice_R.size, dtype=jnp.int32)[:, None] >= jnp.cumsum(plan.sizes_E)[None],
+                       axis=1)
+    of_E = (expert_R[:, None] == jnp.arange(plan.sizes_E.size)[None]).astype(dtype)
     return lambda name: of_E @ weights[name]
 
 

@@ -1,34 +1,19 @@
-"""Which row of a buffer holds which token, and the two linear maps between tokens and rows.
+"""Which row of a buffer holds which token.
 
 Tokens chosen by several experts are spread over rows that stand together expert by expert, so that one grouped product
-serves them all; afterwards each token collects its rows. The two maps are each other's transpose, and both only
-gather: what a token's gradient sums has a fixed order, nothing is added concurrently.
+serves them all; afterwards each token collects its rows (kernels/grouped_matmul/rows.py).
 
 Dims: N tokens, K choices a token, R rows, D width, E experts.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
+from maxlm.kernels.grouped_matmul import Plan
+
 BLOCK = 256  # choices counted at once: sums of fewer ones are exact in any arithmetic
-
-
-class Plan(NamedTuple):
-    """A placement of N x K choices in R rows.
-
-    choice_R: the choice (n * K + k) that a row holds; N * K or more where it holds none.
-    row_NK: the row of each choice; R or more where it was not placed.
-    sizes_E: rows that each expert has been given, rounded up to the plan's multiple; they come first, in order.
-    """
-
-    choice_R: jax.Array
-    row_NK: jax.Array
-    sizes_E: jax.Array
 
 
 def grouped_plan(expert_NK: jax.Array, num_experts: int, num_rows: int, multiple: int = 1) -> Plan:
@@ -99,30 +84,6 @@ def _fit(sizes_E: jax.Array, num_rows: int) -> jax.Array:
 def unplaced(plan: Plan) -> jax.Array:
     """Which choices have no row, bool [N, K]."""
     return plan.row_NK >= plan.choice_R.size
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=())
-def spread(x_ND: jax.Array, plan: Plan) -> jax.Array:
-    """Each token's vector in all of its rows, [R, D]; zeros in rows that hold nothing."""
-    N, K = plan.row_NK.shape
-    held_R = plan.choice_R < N * K
-    return jnp.where(held_R[:, None], x_ND[jnp.where(held_R, plan.choice_R, 0) // K], 0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=())
-def collect(rows_RD: jax.Array, plan: Plan) -> jax.Array:
-    """The sum of each token's rows, [N, D], added in float32 in the order of its choices."""
-    R = plan.choice_R.size
-    total_ND = jnp.zeros((plan.row_NK.shape[0], rows_RD.shape[1]), jnp.float32)
-    for k in range(plan.row_NK.shape[1]):  # one choice at a time: [N, K, D] never exists
-        row_N = plan.row_NK[:, k]
-        placed_N = row_N < R
-        total_ND += jnp.where(placed_N[:, None], rows_RD[jnp.where(placed_N, row_N, 0)], 0).astype(jnp.float32)
-    return total_ND.astype(rows_RD.dtype)
-
-
-spread.defvjp(lambda x_ND, plan: (spread(x_ND, plan), plan), lambda plan, g_RD: (collect(g_RD, plan), None))
-collect.defvjp(lambda rows_RD, plan: (collect(rows_RD, plan), plan), lambda plan, g_ND: (spread(g_ND, plan), None))
 
 
 def by_row(value_NK: jax.Array, plan: Plan) -> jax.Array:

@@ -1,0 +1,66 @@
+"""The two linear maps between tokens and rows, which stand expert by expert: each other's transpose, and both only
+gather. What a token's gradient sums has a fixed order, nothing is added concurrently.
+
+Dims: N tokens, K choices a token, R rows, D width, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Plan(NamedTuple):
+    """A placement of N x K choices in R rows.
+
+    choice_R: the choice (n * K + k) that a row holds; N * K or more where it holds none.
+    row_NK: the row of each choice; R or more where it was not placed.
+    sizes_E: rows that each expert has been given, rounded up to the plan's multiple; they come first, in order.
+    """
+
+    choice_R: jax.Array
+    row_NK: jax.Array
+    sizes_E: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=())
+def spread(x_ND: jax.Array, plan: Plan) -> jax.Array:
+    """Each token's vector in all of its rows, [R, D]; zeros in rows that hold nothing. Of any format.
+
+    GPUs move narrow numbers as words of 32 bits: 0.77 instead of 0.92 ms for 2048 bfloat16 in each of 270336 rows on an
+    H100. Not TPUs, which would pad the dim of two or four that a word is made of.
+    """
+    N, K = plan.row_NK.shape
+    held_R = plan.choice_R < N * K
+    return jax.lax.platform_dependent(x_ND, jnp.where(held_R, plan.choice_R, 0) // K, held_R,
+                                      cuda=functools.partial(gather_rows, word=4),
+                                      default=functools.partial(gather_rows, word=1))
+
+
+def gather_rows(x_ND: jax.Array, row_R: jax.Array, held_R: jax.Array, *, word: int) -> jax.Array:
+    """x[row], 0 where not `held`, moved as integers of `word` bytes, or of x's where these do not fit."""
+    (N, D), size = x_ND.shape, x_ND.dtype.itemsize
+    width = word if size < word and D * size % word == 0 else size
+    together = (width // size,) if width > size else ()
+    word_NW = jax.lax.bitcast_convert_type(x_ND.reshape(N, D * size // width, *together), f"uint{8 * width}")
+    word_RW = jnp.where(held_R[:, None], word_NW[row_R], jnp.zeros((), word_NW.dtype))
+    return jax.lax.bitcast_convert_type(word_RW, x_ND.dtype).reshape(-1, D)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=())
+def collect(rows_RD: jax.Array, plan: Plan) -> jax.Array:
+    """The sum of each token's rows, [N, D], added in float32 in the order of its choices."""
+    R = plan.choice_R.size
+    total_ND = jnp.zeros((plan.row_NK.shape[0], rows_RD.shape[1]), jnp.float32)
+    for k in range(plan.row_NK.shape[1]):  # one choice at a time: [N, K, D] never exists
+        row_N = plan.row_NK[:, k]
+        placed_N = row_N < R
+        total_ND += jnp.where(placed_N[:, None], rows_RD[jnp.where(placed_N, row_N, 0)], 0).astype(jnp.float32)
+    return total_ND.astype(rows_RD.dtype)
+
+
+spread.defvjp(lambda x_ND, plan: (spread(x_ND, plan), plan), lambda plan, g_RD: (collect(g_RD, plan), None))
+collect.defvjp(lambda rows_RD, plan: (collect(rows_RD, plan), plan), lambda plan, g_ND: (spread(g_ND, plan), None))
