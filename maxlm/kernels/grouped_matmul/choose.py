@@ -54,6 +54,6 @@ def _obstacle(name, platform, width, expert_dim, compute_dtype, compute_capabili
     if width % 128 or expert_dim % 128:
         return f"it takes matrices in multiples of 128, not {width} x {expert_dim} (model.hidden_dim, model.expert_dim)"
     if eight_bit and jax.__version_info__ < (0, 11):
-        return (f"JAX {jax.__version__} multiplies E5M2 with E4M3 in no kernel (install 0.11 or newer, or leave 'experts' "
+        return (f"JAX {jax.__version__} multiplies E5M2 with E4M3 in no kernel (install 0.11, or leave 'experts' "
                 "out of precision.fp8_sites)")
     return None
