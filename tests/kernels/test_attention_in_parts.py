@@ -15,10 +15,10 @@ from test_attention import CASES, SCALE, choose, inputs
 from maxlm.config import AXES
 from maxlm.kernels.attention import attention, choose_across, parts, ring, tpu
 from maxlm.parallel.context import balanced_order, natural_order, row_order, token_index
+from maxlm.parallel.sharding import BATCH
 from maxlm.schema import ConfigError
 
 ROUNDING = 5e-6
-BATCH = ("data", "fsdp", "expert")
 
 
 def mesh_of(context, fsdp=2):
