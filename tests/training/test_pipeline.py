@@ -240,8 +240,8 @@ def kept_by_ticks(policy, ticks, **compute):
             inner = [getattr(p, "jaxpr", p) for p in equation.params.values()]
             yield from (found for p in inner if hasattr(p, "eqns") for found in loops(p))
             if equation.primitive.name == "scan" and equation.params["length"] == ticks:
-                kept = equation.outvars[equation.params["num_carry"]:]
-                yield sum(v.aval.size * v.aval.dtype.itemsize for v in kept)
+                kept = [v.aval for v in equation.outvars if v.aval.shape[:1] == (ticks,)]  # the others are carried on
+                yield sum(aval.size * aval.dtype.itemsize for aval in kept)
 
     def loss(params, batch):
         return summed_loss(params, batch, z_loss=0.0, chunks=1)[0].loss
