@@ -188,7 +188,7 @@ def _kept_numbers(config: RunConfig, sparse: bool, share: Share) -> float:
     """Numbers a token that a layer keeps for its backward pass."""
     model, policy = config.model, config.remat.policy
     tensor = share.tensor
-    width, heads = model.hidden_dim / share.stream, model.num_heads * model.head_dim
+    width, heads = model.hidden_dim / share.tensor, model.num_heads * model.head_dim
     keys = 2 * model.num_kv_heads * model.head_dim
     room = _room(config, share) * model.experts_per_token
     units = room * model.expert_dim + model.moe.shared_experts * model.expert_dim if sparse else model.mlp_dim

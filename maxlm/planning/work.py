@@ -13,7 +13,6 @@ from typing import Literal
 
 from maxlm.config import ModelConfig, RunConfig
 from maxlm.flops import mean_visible_keys, parameter_count
-from maxlm.parallel.sharding import ACTIVATION
 
 Kind = Literal["gemm", "fp8", "attention", "grouped", "memory"]
 HALF, FULL = 2, 4  # bytes of activations and of masters
@@ -53,11 +52,6 @@ class Share:
     microbatches: int
 
     @property
-    def stream(self) -> int:
-        """Devices of `tensor` that split the tokens of the residual stream between sublayers."""
-        return self.tensor if "tensor" in ACTIVATION.get("stream", ()) else 1
-
-    @property
     def shards(self) -> int:
         """Devices that what every token multiplies is stored over."""
         return self.fsdp * self.expert * self.tensor
@@ -83,10 +77,10 @@ def layer_parts(config: RunConfig, share: Share, *, sparse: bool, window: int | 
     parts = [
         Part("attention projections", site("attention"), projections, 2 * projections),
         Part("attention", "attention", attention, 2.5 * attention),
-        # norms and residual sums read and write the stream; rotary and the split pass over queries, keys and values
+        # norms and residual sums read and write the stream, whose tokens `tensor` splits; rotary and the split pass over queries, keys and values
         Part("norms, residual, rotary", "memory",
-             forward_bytes=tokens * HALF * (6 * width / share.stream + 2 * (heads + keys) / tensor),
-             backward_bytes=tokens * HALF * (8 * width / share.stream + 2 * (heads + keys) / tensor)),
+             forward_bytes=tokens * HALF * (6 * width / tensor + 2 * (heads + keys) / tensor),
+             backward_bytes=tokens * HALF * (8 * width / tensor + 2 * (heads + keys) / tensor)),
     ]
     parts += _experts(model, share) if sparse else _mlp(model, tokens, tensor, model.mlp_dim, site("mlp"))
     if sparse and model.moe.shared_experts:
