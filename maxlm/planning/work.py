@@ -77,7 +77,8 @@ def layer_parts(config: RunConfig, share: Share, *, sparse: bool, window: int | 
     parts = [
         Part("attention projections", site("attention"), projections, 2 * projections),
         Part("attention", "attention", attention, 2.5 * attention),
-        # Norms and residual sums read and write the stream, whose tokens `tensor` splits; rotary and the split pass over
+        # Norms and residual sums read and write the stream, whose tokens `tensor` splits; rotary and the split
+        # pass over queries, keys and values.
         # queries, keys and values.
         Part("norms, residual, rotary", "memory",
              forward_bytes=tokens * HALF * (6 * width / tensor + 2 * (heads + keys) / tensor),
