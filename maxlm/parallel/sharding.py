@@ -15,6 +15,7 @@ adds to it, so that norms, residuals and what is kept for the backward pass are 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -75,6 +76,23 @@ def use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """A weight cast to `dtype` and laid out for use: gathered over `fsdp`, still split over `tensor`."""
     value = param[...].astype(dtype)
     return jax.sharding.reshard(value, spec(param.dims, COMPUTE)) if has_mesh() else value
+
+
+def use_apart(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """`use` for an operand of a kernel: XLA for GPUs casts a stack of layers at once where it can (its slice-sinker),
+    and copies each layer out of the result for the backward pass's kernels. A product with a 1 that it does not see
+    through keeps the layers apart."""
+    value = _cast_apart(param[...], dtype)
+    return jax.sharding.reshard(value, spec(param.dims, COMPUTE)) if has_mesh() else value
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _cast_apart(value: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return (value * jax.lax.optimization_barrier(jnp.ones((), value.dtype))).astype(dtype)
+
+
+_cast_apart.defvjp(lambda value, dtype: (_cast_apart(value, dtype), None),
+                   lambda dtype, _, gradient: (gradient.astype(jnp.float32),))
 
 
 def shard_count() -> int:

@@ -37,6 +37,7 @@ from maxlm.parallel.sharding import (
     spec,
     split_over,
     use,
+    use_apart,
     whole_length,
 )
 
@@ -91,7 +92,8 @@ class MoE(nnx.Module):
             weight = getattr(self, name)
             if weight is not None:
                 dtype = jnp.float32 if name in ("router", "selection_bias") else numerics.dtype
-                weights[name] = weight[...] if name in stored else use(weight, dtype)
+                cast = use_apart if name in MATRICES else use
+                weights[name] = weight[...] if name in stored else cast(weight, dtype)
                 layouts[name] = spec(weight.dims, STORAGE if name in stored else COMPUTE)
         return weights, layouts, stored
 
