@@ -124,16 +124,13 @@ def _local(x_BTD, w_VD, targets_BT, *, z_loss, softcap, chunks, gradients, shard
 
 def _chunk(x_BTD, targets_BT, *, w_VD, first, z_loss, softcap, gradients, over_vocab):
     """Loss sums, dx (compute dtype) and dw (float32) of one chunk of the sequence."""
-    total = (lambda a: jax.lax.psum(a, over_vocab)) if over_vocab else (lambda a: a)
-    highest = (lambda a: jax.lax.pmax(a, over_vocab)) if over_vocab else (lambda a: a)
     scores = jax.lax.dot_general(x_BTD, w_VD, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     logits = softcap * jnp.tanh(scores / softcap) if softcap else scores
-    peak_BT = highest(jnp.max(logits, axis=-1))
-    exp_BTV = jnp.exp(logits - peak_BT[..., None])
-    mass_BT = total(jnp.sum(exp_BTV, axis=-1))
+    peak_BT, mass_BT, gold_BT = jax.lax.platform_dependent(
+        logits, targets_BT - first, cuda=functools.partial(one_pass, over=over_vocab),
+        default=functools.partial(two_passes, over=over_vocab))
     lse_BT = peak_BT + jnp.log(mass_BT)
-    hit_BTV = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) + first == targets_BT[..., None]
-    gold_BT = total(jnp.sum(jnp.where(hit_BTV, logits, 0.0), axis=-1))
+    exp_BTV, hit_BTV = jnp.exp(logits - peak_BT[..., None]), _hits(logits, targets_BT - first)
     counts_BT = targets_BT >= 0
     nll = jnp.sum(jnp.where(counts_BT, lse_BT - gold_BT, 0.0))
     loss = nll + z_loss * jnp.sum(jnp.where(counts_BT, jnp.square(lse_BT), 0.0)) if z_loss else nll
@@ -151,6 +148,40 @@ def _chunk(x_BTD, targets_BT, *, w_VD, first, z_loss, softcap, gradients, over_v
     # Row-major by order: left alone, XLA's CPU compiler keeps the transpose and copies the weight and its moments.
     dw_VD = with_layout_constraint(dw_DV.T, Layout(major_to_minor=(0, 1)))
     return CrossEntropy(loss, nll), dx_BTD, dw_VD
+
+
+def two_passes(logits_BTV: jax.Array, targets_BT: jax.Array, over: str | None):
+    """[B, T] each: the largest logit, the sum of exponentials relative to it, and the target's logit, 0 where there is
+    none. over: the mesh axis along which more of the vocabulary lies; targets count from this part's first."""
+    total = functools.partial(jax.lax.psum, axis_name=over) if over else (lambda a: a)
+    peak_BT = jnp.max(logits_BTV, axis=-1)
+    peak_BT = jax.lax.pmax(peak_BT, over) if over else peak_BT
+    mass_BT = total(jnp.sum(jnp.exp(logits_BTV - peak_BT[..., None]), axis=-1))
+    return peak_BT, mass_BT, total(jnp.sum(jnp.where(_hits(logits_BTV, targets_BT), logits_BTV, 0.0), axis=-1))
+
+
+def one_pass(logits_BTV: jax.Array, targets_BT: jax.Array, over: str | None):
+    """`two_passes` in one, for GPUs: a sum goes over to a larger logit when it meets one (Milakov and Gimelshein 2018,
+    arXiv:1805.02867, section 3), so the logits are read once. CPUs take ten times as long for it (docs/LOG.md)."""
+    def join(one, other):
+        (a, mass_a), (b, mass_b) = one, other
+        shrink = jnp.exp(jnp.where(a == b, 0.0, -jnp.abs(a - b)))  # equal infinities have no difference
+        return jnp.maximum(a, b), jnp.where(a >= b, mass_a + mass_b * shrink, mass_a * shrink + mass_b)
+
+    V = logits_BTV.shape[-1]
+    nothing = jnp.float32(-jnp.inf), jnp.float32(0.0)
+    peak_BT, mass_BT = jax.lax.reduce((logits_BTV, jnp.ones_like(logits_BTV)), nothing, join, (logits_BTV.ndim - 1,))
+    gold_BT = jnp.take_along_axis(logits_BTV, jnp.clip(targets_BT, 0, V - 1)[..., None], axis=-1)[..., 0]
+    gold_BT = jnp.where((targets_BT >= 0) & (targets_BT < V), gold_BT, 0.0)
+    if not over:
+        return peak_BT, mass_BT, gold_BT
+    highest_BT = jax.lax.pmax(peak_BT, over)
+    mass_BT, gold_BT = jax.lax.psum((mass_BT * jnp.exp(peak_BT - highest_BT), gold_BT), over)
+    return highest_BT, mass_BT, gold_BT
+
+
+def _hits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2) == targets_BT[..., None]
 
 
 def num_chunks(batch: int, length: int, vocab: int) -> int:

@@ -1,5 +1,7 @@
 """The fused head and cross-entropy against the textbook formula in float64."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config import MeshConfig
-from maxlm.kernels.cross_entropy import linear_cross_entropy, num_chunks
+from maxlm.kernels.cross_entropy import linear_cross_entropy, num_chunks, one_pass, two_passes
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import BATCH, SHARD, STREAM
 
@@ -72,6 +74,34 @@ def test_a_mesh_gives_the_same_sums_and_gradients(sizes):
         got = ours(put(x, BATCH, STREAM, None), put(w, "tensor", SHARD), put(targets, BATCH, "context"), 0.1, 5.0, 2)
         assert furthest(got, expected) < 1e-6
         assert got[3].sharding.spec == P("tensor", SHARD)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_one_pass_over_the_logits_finds_what_two_do(parts):
+    """In parts along `tensor` too; rows of equal logits, of large ones, and without a target included."""
+    logits = np.random.default_rng(0).normal(size=(2, T, V)).astype(np.float32) * 30
+    logits[0, 0], logits[0, 1], logits[0, 2, :7] = -80, 1e30, -np.inf
+    targets = np.random.default_rng(1).integers(-1, V, (2, T)).astype(np.int32)
+    targets[0, 3] = -1
+
+    def found(how, logits):
+        if parts == 1:
+            return how(logits, targets, None)
+        part = lambda a: how(a, targets - jax.lax.axis_index("tensor") * a.shape[-1], "tensor")  # noqa: E731
+        return jax.jit(jax.shard_map(part, in_specs=P(None, None, "tensor"), out_specs=P()))(logits)
+
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    with jax.set_mesh(mesh) if parts > 1 else contextlib.nullcontext():
+        given = jax.device_put(logits, NamedSharding(mesh, P(None, None, "tensor"))) if parts > 1 else logits
+        wanted, got, twin = found(two_passes, given), found(one_pass, given), found(one_pass, given + 1e-3)
+    same = lambda one, other: all(np.allclose(a, b, rtol=1e-5) for a, b in zip(one, other, strict=True))  # noqa: E731
+    assert same(got, wanted) and not same(twin, wanted)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_pass_leaves_no_finite_loss_of_bad_logits(bad):
+    peak, mass, gold = one_pass(jnp.zeros((1, 1, V)).at[0, 0, 3].set(bad), jnp.zeros((1, 1), jnp.int32), None)
+    assert not np.isfinite(peak + jnp.log(mass) - gold).any()
 
 
 def test_bfloat16_keeps_float32_sums():
