@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from maxlm.kernels.grouped_matmul import collect, grouped_matmul, spread
 from maxlm.kernels.grouped_matmul.blocks import BLOCK
 from maxlm.kernels.grouped_matmul.rows import gather_rows
+from maxlm.kernels.grouped_matmul.scatter import scatter_tokens
 from maxlm.model.moe.plan import by_row, grouped_plan, rows_needed, slotted_plan, unplaced
 
 
@@ -92,3 +94,33 @@ def test_tokens_keep_their_bits(dtype, width):
     for word in (1, 2, 4):
         got = gather_rows(x_ND, jnp.where(held_R, token_R, 0), held_R, word=word)
         assert np.asarray(got).tobytes() == rows.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "bfloat16"])
+@pytest.mark.parametrize(("N", "K", "experts", "rows"), [(24, 3, 8, 256), (5, 2, 4, 6)])
+def test_the_kernel_for_nvidia_writes_what_a_gather_reads(dtype, N, K, experts, rows):
+    """Rows that hold nothing and choices without a row included."""
+    plan = grouped_plan(choices(N, K, experts, skew=False), experts, rows, 8 if rows > N * K else 1)
+    x_ND = jnp.asarray(np.random.default_rng(0).normal(size=(N, 192)), dtype)
+    got, wanted = scatter_tokens(x_ND, plan.choice_R, plan.row_NK, interpret=True), spread(x_ND, plan)
+    assert np.asarray(got).tobytes() == np.asarray(wanted).tobytes()
+    twin = scatter_tokens(x_ND, plan.choice_R, plan.row_NK.at[:2].set(plan.row_NK[1::-1]), interpret=True)
+    assert np.asarray(twin).tobytes() != np.asarray(wanted).tobytes()
+
+
+def test_the_kernel_for_nvidia_lowers_for_each_devices_tokens():
+    """In a `shard_map` that checks over which axes things vary, with 16-bit and with 8-bit tokens."""
+    h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
+    mesh = jax.sharding.AbstractMesh((4,), ("fsdp",), (jax.sharding.AxisType.Explicit,), abstract_device=h100)
+
+    def local(x_ND, expert_NK):
+        plan = grouped_plan(expert_NK, 4, 64, 8)
+        return tuple(spread(x_ND.astype(dtype), plan) for dtype in (jnp.bfloat16, jnp.float8_e4m3fn))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        split = jax.sharding.NamedSharding(mesh, P("fsdp"))
+        x_ND, expert_NK = (jax.ShapeDtypeStruct((64, width), dtype, sharding=split)
+                           for width, dtype in ((128, jnp.float32), (2, jnp.int32)))
+        spreading = jax.jit(jax.shard_map(local, in_specs=P("fsdp"), out_specs=P("fsdp")))
+        text = spreading.trace(x_ND, expert_NK).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 2
