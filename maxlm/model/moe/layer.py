@@ -171,7 +171,9 @@ def _expert_bias(plan, weights, dtype):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted(activate, gate_RF, up_RF, weight_R):
     """activate(gate) * up * weight: the weight before the last product is the weight after it, on half the numbers.
-    The backward pass keeps the three and computes the rest again (model/mlp.py has why)."""
+    The backward pass keeps the three and computes the rest again. Without model/mlp.py's barrier: what `_served` (in
+    exchange.py) makes again, this among it, has one, and so one pass over gate and up makes the result and the gradients
+    (0.83 instead of 1.08 ms for OLMoE's rows on an H200)."""
     return (activate(gate_RF) * up_RF * weight_R[:, None].astype(up_RF.dtype)).astype(up_RF.dtype)
 
 
@@ -180,7 +182,7 @@ def _weighted_forward(activate, gate_RF, up_RF, weight_R):
 
 
 def _weighted_backward(activate, kept, dh_RF):
-    gate_RF, up_RF, weight_R, dh_RF = jax.lax.optimization_barrier((*kept, dh_RF))
+    gate_RF, up_RF, weight_R = kept
     activated_RF, pull = jax.vjp(activate, gate_RF)
     weight_R1 = weight_R[:, None].astype(dh_RF.dtype)
     dweight_R = jnp.sum((activated_RF * up_RF).astype(jnp.float32) * dh_RF.astype(jnp.float32), axis=1)
