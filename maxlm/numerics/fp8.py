@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from maxlm.numerics.turn import turned
 from maxlm.parallel.sharding import ACTIVATION, COMPUTE, Dims, has_mesh, spec
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
@@ -69,7 +70,7 @@ class Quantised(NamedTuple):
         """With the first `count` dims last."""
         order = (*range(count, self.values.ndim), *range(count))
         values, factors = jax.lax.optimization_barrier(self)
-        return Quantised(values.transpose(order), factors.transpose(order))
+        return Quantised(turned(values, count), factors.transpose(order))
 
     def gathered(self, layout: P | None) -> Quantised:
         """Laid out for use."""

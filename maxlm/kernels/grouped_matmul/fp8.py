@@ -17,11 +17,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from maxlm.kernels.grouped_matmul.eight_bit import grouped_product_8bit, grouped_weights_8bit
 from maxlm.kernels.grouped_matmul.rows import Plan, collect, spread
 from maxlm.numerics.fp8 import BACKWARD, FORWARD, Fp8, Quantised, scaled, scaled_alike
+from maxlm.numerics.turn import swapped
 from maxlm.parallel.sharding import COMPUTE, REPLICAS, STORAGE, Dims, split_over
 
 
@@ -179,15 +179,9 @@ def _held(rows, sizes_E):
 
 
 def _turned(a: Quantised) -> Quantised:
-    """With the last two dims exchanged; behind a barrier, without which the compiler would quantise twice. Row-major
-    before and after: left alone, XLA lays out the 16-bit rows so that the 8-bit ones need no turn, and turns the 16-bit
-    ones for everything else."""
+    """With the last two dims exchanged; behind a barrier, without which the compiler would quantise twice."""
     values, factors = jax.lax.optimization_barrier(a)
-    return Quantised(_row_major(jnp.swapaxes(_row_major(values), -1, -2)), jnp.swapaxes(factors, -1, -2))
-
-
-def _row_major(a: jax.Array) -> jax.Array:
-    return with_layout_constraint(a, Layout(major_to_minor=tuple(range(a.ndim))))
+    return Quantised(swapped(values), jnp.swapaxes(factors, -1, -2))
 
 
 def _axes(layout, dims, *places):
