@@ -79,12 +79,14 @@ def layer_parts(config: RunConfig, share: Share, *, sparse: bool, window: int | 
         Part("attention", "attention", attention, 2.5 * attention),
         # Norms and residual sums read and write the stream, whose tokens `tensor` splits; rotary and the split
         # pass over queries, keys and values.
-        # queries, keys and values.
         Part("norms, residual, rotary", "memory",
              forward_bytes=tokens * HALF * (6 * width / tensor + 2 * (heads + keys) / tensor),
              backward_bytes=tokens * HALF * (8 * width / tensor + 2 * (heads + keys) / tensor)),
     ]
-    parts += _experts(model, share, fp8 and "experts" in config.precision.fp8_sites) if sparse else _mlp(model, tokens, tensor, model.mlp_dim, site("mlp"))
+    if sparse:
+        parts += _experts(model, share, site("experts") == "fp8")
+    else:
+        parts += _mlp(model, tokens, tensor, model.mlp_dim, site("mlp"))
     if sparse and model.moe.shared_experts:
         parts += _mlp(model, tokens, tensor, model.moe.shared_experts * model.expert_dim, site("mlp"))
     return parts + (_quantisation(config, share, sparse) if fp8 else [])
