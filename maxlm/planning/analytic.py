@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from maxlm.config import RunConfig
 from maxlm.flops import parameter_count, training_flops_per_token
 from maxlm.hardware import Chip
+from maxlm.model.moe.exchange import choose_exchange
 from maxlm.planning.rates import Rates, rates_of
 from maxlm.planning.work import (
     FULL,
@@ -148,16 +149,18 @@ def _wire_bytes(config: RunConfig, axes: Mapping[str, int], share: Share, chip: 
         layers = model.num_layers - model.moe.dense_layers
         trips = 4 + (2 if config.remat.policy == "full" else 0)
         moved["expert"] = (share.microbatches * trips * layers * HALF * share.tokens * model.hidden_dim
-                           * _rows_sent(config, share, part(share.expert)))
+                           * _rows_sent(config, share, chip))
     return moved
 
 
-def _rows_sent(config: RunConfig, share: Share, elsewhere: float) -> float:
-    """Of each token: itself to every other device, or a row for each choice that is `elsewhere`, padded to its slot."""
-    if config.compute.expert_exchange == "all_gather":
+def _rows_sent(config: RunConfig, share: Share, chip: Chip) -> float:
+    """Of each token: itself to every other device, or a row for each choice that is elsewhere, padded to its slot."""
+    platform = "tpu" if chip.name.startswith("TPU") else "gpu"
+    exchange = choose_exchange(config.compute.expert_exchange, platform, share.expert, config.model.experts_per_token)
+    if exchange == "all_gather":
         return share.expert - 1
-    padded = 1.0 if config.compute.expert_exchange == "ragged_all_to_all" else _room(config, share)
-    return config.model.experts_per_token * elsewhere * padded
+    padded = 1.0 if exchange == "ragged_all_to_all" else _room(config, share)
+    return config.model.experts_per_token * (share.expert - 1) / share.expert * padded
 
 
 def _wire_seconds(axis: str, moved: float, chip: Chip, rates: Rates, links: Mapping[str, float] | None,
