@@ -14,6 +14,7 @@ by its 'gradient', as Flax wants it.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -153,7 +154,7 @@ def errors(product: Product, name: str) -> dict[str, dict[str, float]]:
     """|got - exact| / |exact| of the product and its two gradients, from bfloat16 inputs: normal, and with an outlier.
     Flax's scales are those that its state holds after three rounds of the same inputs."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))
     def gradients(x, w, g, state):
         y, pull = jax.vjp(product, x, w, state)
         return y, *pull(g)

@@ -6,6 +6,8 @@
 
 RUNS holds a run directory RECIPE_SEED each. Equal seeds see the same batches from the same start. Writes
 fp8_quality.json, and docs' picture fp8_quality.png: the curves, and each recipe's gap to bf16 with the same seed.
+The sparse runs (fp8_quality_moe) add --set model.num_experts=8 --set model.experts_per_token=2 --set
+model.expert_dim=1024 --set model.moe.scores=sigmoid --set model.moe.bias_rate=0.001.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def summary(runs: dict[tuple[str, int], Path]) -> dict:
 
 
 def plot(record: dict, path: Path) -> None:
-    figure, (curves, gaps) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (curves, gaps) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     reference = record["recipes"][BASE]["curves"]
     for color, (recipe, figures) in enumerate(record["recipes"].items()):
         for seed, (curve, base) in enumerate(zip(figures["curves"], reference, strict=True)):
@@ -69,9 +71,7 @@ def plot(record: dict, path: Path) -> None:
     gaps.annotate("aim: 0.3%", (0.02, 0.3), xycoords=("axes fraction", "data"), va="bottom", color="0.4")
     gaps.axhline(0, color="0.8", linewidth=0.8)
     gaps.set(xlabel="step", ylabel="loss above bf16 of the same seed, %")
-    for axes in (curves, gaps):
-        axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--chip", required=True)
     parser.add_argument("--commit", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", default="fp8_quality", help="of the record and of the picture")
     options = parser.parse_args()
     runs = {(folder.name.rsplit("_", 1)[0], int(folder.name.rsplit("_", 1)[1])): folder
             for folder in sorted(options.runs.iterdir()) if (folder / "metrics.jsonl").exists()}
@@ -88,8 +89,8 @@ def main() -> None:
     record = {"benchmark": "fp8_quality", "chip": options.chip, "commit": options.commit,
               "steps": first["train"]["num_steps"], "model": first["model"], **summary(runs)}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "fp8_quality.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(record, options.out / "fp8_quality.png")
+    (options.out / f"{options.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    plot(record, options.out / f"{options.name}.png")
     for recipe, figures in record["recipes"].items():
         print(f"{recipe}: {figures['final_loss']}, {figures['mean_gap_percent']:+.2f}% of bf16's")
     print(f"bf16 seeds are {record['seed_spread']:.5f} apart")

@@ -1,7 +1,7 @@
 """Is the roofline honest? Step time and memory of GPU steps, predicted before they are measured.
 
     python3 benchmarks/roofline_check.py predict --out benchmarks/results/roofline_predictions.json     (no GPU needed)
-    python3 benchmarks/roofline_check.py measure --out DIR [--cases NAME ...]        (on the GPUs; one or two of them)
+    python3 benchmarks/roofline_check.py measure --out DIR [--cases NAME ...]        (on the GPUs; one to four of them)
     python3 benchmarks/roofline_check.py score --records DIR \\
         --predictions benchmarks/results/roofline_predictions.json --out benchmarks/results/roofline_check.json
 
@@ -36,6 +36,8 @@ PREDICTED_FOR = ("H100 SXM", "H200 SXM")
 TIME_AIM, MEMORY_AIM = 0.15, 0.05
 UNROLLED = ("compute.layer_unroll=all", "remat.policy=none")
 EIGHT_B = ("model.num_layers=6", "model.vocab_size=32000", "train.seq_len=4096")
+EXPERT4 = ("model.num_layers=8", "train.global_batch_size=32", "mesh.fsdp=1", "mesh.expert=4",
+           "model.moe.buffer_factor=1.25")
 OLMOE = ("train.seq_len=4096", *UNROLLED)
 
 
@@ -63,13 +65,23 @@ CASES = (
          (*EIGHT_B, *UNROLLED, "train.global_batch_size=8", "precision.recipe=fp8")),
     Case("gpt2_124m", "gpt2_124m", ("train.global_batch_size=32",)),
     Case("moe_olmoe_4_layers", "olmoe_1b_7b", (*OLMOE, "model.num_layers=4", "train.global_batch_size=8")),
+    Case("moe_olmoe_4_layers_fp8", "olmoe_1b_7b",
+         (*OLMOE, "model.num_layers=4", "train.global_batch_size=8", "precision.recipe=fp8")),
+    Case("moe_olmoe_8_layers", "olmoe_1b_7b", (*OLMOE, "model.num_layers=8", "train.global_batch_size=8")),
     Case("dense_1b_fsdp2", "llama3_2_1b", ("train.global_batch_size=16", "mesh.fsdp=2"), 2),
     Case("dense_8b_layers_fp8_fsdp2", "llama3_8b",
          (*EIGHT_B, *UNROLLED, "train.global_batch_size=16", "precision.recipe=fp8", "mesh.fsdp=2"), 2),
     Case("dense_1b_data2", "llama3_2_1b", ("train.global_batch_size=16", "mesh.fsdp=1", "mesh.data=2"), 2),
     Case("moe_olmoe_4_layers_expert2", "olmoe_1b_7b",
-         (*OLMOE, "model.num_layers=4", "train.global_batch_size=8", "mesh.fsdp=1", "mesh.expert=2",
+         (*OLMOE, "model.num_layers=4", "train.global_batch_size=16", "mesh.fsdp=1", "mesh.expert=2",
           "model.moe.buffer_factor=1.25"), 2),
+    Case("dense_1b_fsdp4", "llama3_2_1b", ("train.global_batch_size=32", "mesh.fsdp=4"), 4),
+    Case("moe_olmoe_8_layers_expert4", "olmoe_1b_7b",
+         (*OLMOE, *EXPERT4, "compute.expert_exchange=all_gather"), 4),
+    Case("moe_olmoe_8_layers_expert4_slots", "olmoe_1b_7b",
+         (*OLMOE, *EXPERT4, "compute.expert_exchange=all_to_all"), 4),
+    Case("moe_olmoe_8_layers_expert4_fp8", "olmoe_1b_7b",
+         (*OLMOE, *EXPERT4, "compute.expert_exchange=all_gather", "precision.recipe=fp8"), 4),
 )
 
 
@@ -100,11 +112,12 @@ def measure(out: Path, names: list[str], steps: int) -> None:
     """Each case in a process of its own: a peak of memory is a process's."""
     out.mkdir(parents=True, exist_ok=True)
     common = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTHONPATH": str(ROOT)}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")
     for case in CASES:
         if names and case.name not in names:
             continue
         command = [sys.executable, __file__, "one", "--case", case.name, "--out", str(out), "--steps", str(steps)]
-        environment = common | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(case.devices)))}
+        environment = common | {"CUDA_VISIBLE_DEVICES": ",".join(visible[:case.devices])}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         said = (done.stdout.strip() or done.stderr.strip()).splitlines()
         print(f"{case.name}: {said[-1] if said else ''}"[:300], flush=True)

@@ -61,7 +61,7 @@ class ComputeConfig:
 
     context_attention: along mesh.context: keys and values go round a ring, or are gathered, or heads are exchanged for
     tokens; 'auto' is the way that the platform has the fast kernel for (docs/PARALLELISM.md).
-    expert_exchange: along mesh.expert; 'auto' is ragged_all_to_all on TPUs and all_to_all elsewhere (docs/MOE.md).
+    expert_exchange: along mesh.expert; 'auto' is ragged_all_to_all on TPUs, elsewhere what sends less (docs/MOE.md).
     layer_unroll: repeats of the layer pattern compiled into one scan iteration; 'all' unrolls the whole stack.
     loss_chunks: pieces of the sequence whose logits exist at one time; 'auto' picks from the vocabulary.
     pipeline_microbatches, pipeline_repeats: along mesh.stage (docs/PIPELINE.md), how many microbatches flow through the

@@ -73,8 +73,8 @@ def numerics_of(precision: PrecisionConfig, platform: str = "cpu") -> Numerics:
     if precision.recipe == "fp8_block":  # which has no products of experts, and config says so
         product, sites = Fp8Blocks(dtype), tuple(site for site in sites if site != "experts")
     else:
-        scaling = _SCALING[precision.recipe]
-        product = Fp8(dtype, scaling, precision.power_of_two_scales, platform == "gpu" and scaling == "tensor")
+        scaling, gpu = _SCALING[precision.recipe], platform == "gpu"
+        product = Fp8(dtype, scaling, precision.power_of_two_scales, gpu and scaling == "tensor", careful_sums=gpu)
     return dataclasses.replace(_plain(dtype), **{site: product for site in sites},
                                plain_first_layers=precision.plain_first_layers,
                                plain_last_layers=precision.plain_last_layers, fp8_exchange=precision.fp8_exchange)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from maxlm.config import RunConfig
 from maxlm.flops import parameter_count, training_flops_per_token
 from maxlm.hardware import Chip
+from maxlm.model.moe.exchange import choose_exchange
 from maxlm.planning.rates import Rates, rates_of
 from maxlm.planning.work import (
     FULL,
@@ -110,7 +111,7 @@ def _again(policy: str, part: Part) -> float:
 
 def _rate(part: Part, rates: Rates, backward: bool) -> float:
     return {"gemm": rates.gemm, "fp8": rates.fp8, "attention": rates.attention[backward],
-            "grouped": rates.grouped[backward]}.get(part.kind, rates.gemm)
+            "grouped": rates.grouped[backward], "grouped_fp8": rates.grouped_fp8[backward]}.get(part.kind, rates.gemm)
 
 
 def _forward(part: Part, rates: Rates) -> float:
@@ -144,12 +145,22 @@ def _wire_bytes(config: RunConfig, axes: Mapping[str, int], share: Share, chip: 
         again = 1 if config.remat.policy == "full" else 0
         sums = (2 + 2 + 2 * again) * model.num_layers
         moved["tensor"] = share.microbatches * sums * 2 * HALF * share.tokens * model.hidden_dim * part(share.tensor)
-    if share.expert > 1 and model.num_experts:
-        rows = share.tokens * model.experts_per_token
+    if share.expert > 1 and model.num_experts:  # there and back, and the gradients of both
         layers = model.num_layers - model.moe.dense_layers
-        trips = 4 + (2 if config.remat.policy == "full" else 0)  # there and back, twice
-        moved["expert"] = share.microbatches * trips * layers * HALF * rows * model.hidden_dim * part(share.expert)
+        trips = 4 + (2 if config.remat.policy == "full" else 0)
+        moved["expert"] = (share.microbatches * trips * layers * HALF * share.tokens * model.hidden_dim
+                           * _rows_sent(config, share, chip))
     return moved
+
+
+def _rows_sent(config: RunConfig, share: Share, chip: Chip) -> float:
+    """Of each token: itself to every other device, or a row for each choice that is elsewhere, padded to its slot."""
+    platform = "tpu" if chip.name.startswith("TPU") else "gpu"
+    exchange = choose_exchange(config.compute.expert_exchange, platform, share.expert, config.model.experts_per_token)
+    if exchange == "all_gather":
+        return share.expert - 1
+    padded = 1.0 if exchange == "ragged_all_to_all" else _room(config, share)
+    return config.model.experts_per_token * (share.expert - 1) / share.expert * padded
 
 
 def _wire_seconds(axis: str, moved: float, chip: Chip, rates: Rates, links: Mapping[str, float] | None,
@@ -192,15 +203,16 @@ def _kept_numbers(config: RunConfig, sparse: bool, share: Share) -> float:
     keys = 2 * model.num_kv_heads * model.head_dim
     room = _room(config, share) * model.experts_per_token
     units = room * model.expert_dim + model.moe.shared_experts * model.expert_dim if sparse else model.mlp_dim
-    rows = room * model.hidden_dim if sparse else 0.0
     into = units * (1 if model.activation == "gelu" else 2)
+    if sparse:  # rows and hidden units of routed experts are made again (model/moe/exchange.py)
+        units = model.moe.shared_experts * model.expert_dim
     # fp8 keeps its products' operands in 8 bits, but attention's output, which attention keeps in 16, twice.
     in_8_bits = (2 * width + (units - heads) / tensor) / 2 if config.precision.recipe == "fp8" and not sparse else 0.0
     return {
         "full": width,
         "names": width + (heads + into) / tensor,
-        "dots": 3 * width + (heads + keys + into) / tensor + rows,
-        "none": 4 * width + (2 * heads + keys + into + units) / tensor + rows - in_8_bits,
+        "dots": 3 * width + (heads + keys + into) / tensor,
+        "none": 4 * width + (2 * heads + keys + into + units) / tensor - in_8_bits,
     }[policy]
 
 

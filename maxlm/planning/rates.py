@@ -12,10 +12,12 @@ from maxlm.hardware import Chip
 # H100 and H200, which differ in memory alone. attention, copies, scan, fabric: benchmarks/results/primitives_h100.json.
 # gemm: products inside a training step, where the chip is at its power limit: 989 TFLOP/s times what makes
 # llama3_2_1b_h200_bf16.json (504 ms a step) and 8 layers of Llama 3 8B (docs/FP8.md, 684 ms) come out right together,
-# against 0.80 for one product alone. fp8: the same from the fp8 rows of docs/FP8.md. grouped: grouped_matmul_h200.json.
+# against 0.80 for one product alone. fp8: the same from the fp8 rows of docs/FP8.md. grouped: the kernels' own figures
+# in grouped_matmul_h100.json, less what products lose inside a step (bf16: 665 of 794; FP8: 1200 of 1428).
 _HOPPER_GEMM, _HOPPER_FP8 = 665e12 / 989e12, 1200e12 / 1979e12
 _HOPPER_ATTENTION = {64: (396e12, 337e12), 128: (501e12, 420e12)}  # head_dim -> forward, backward; of a causal half
-_HOPPER_GROUPED = (519e12, 406e12)  # forward, both gradients
+_HOPPER_GROUPED = (0.84 * 709e12, 0.84 * 698e12)  # forward, both gradients
+_HOPPER_GROUPED_FP8 = (0.84 * 1281e12, 0.84 * 1253e12)
 _HOPPER_COPY = 3.03e12 / 3350e9  # of the data sheet's bandwidth
 _HOPPER_FABRIC = 315e9 / 450e9
 # A layer scan stacks what it keeps for the backward pass and slices it again: the passes over those bytes that make the
@@ -35,6 +37,7 @@ class Rates:
     fp8: float
     attention: tuple[float, float]
     grouped: tuple[float, float]
+    grouped_fp8: tuple[float, float]
     memory: float
     fabric: float
     scan_passes: float
@@ -48,9 +51,9 @@ def rates_of(chip: Chip, head_dim: int) -> Rates:
     if chip.name in HOPPER:
         attention = _HOPPER_ATTENTION[64 if head_dim <= 64 else 128]
         return Rates(_HOPPER_GEMM * bf16, _HOPPER_FP8 * fp8, attention, _HOPPER_GROUPED,
-                     _HOPPER_COPY * chip.hbm_bytes_per_second, _HOPPER_FABRIC * chip.ici_bytes_per_second, _HOPPER_SCAN,
-                     measured=True)
+                     _HOPPER_GROUPED_FP8, _HOPPER_COPY * chip.hbm_bytes_per_second,
+                     _HOPPER_FABRIC * chip.ici_bytes_per_second, _HOPPER_SCAN, measured=True)
     lanes = MATRIX_UNIT.get(chip.name, 1)
     attention = bf16 * min(1.0, head_dim / lanes)
-    return Rates(bf16, fp8, (attention, attention), (bf16, bf16), chip.hbm_bytes_per_second, chip.ici_bytes_per_second,
-                 0.0, measured=False)
+    return Rates(bf16, fp8, (attention, attention), (bf16, bf16), (fp8, fp8), chip.hbm_bytes_per_second,
+                 chip.ici_bytes_per_second, 0.0, measured=False)

@@ -14,7 +14,7 @@ from typing import Literal
 from maxlm.config import ModelConfig, RunConfig
 from maxlm.flops import mean_visible_keys, parameter_count
 
-Kind = Literal["gemm", "fp8", "attention", "grouped", "memory"]
+Kind = Literal["gemm", "fp8", "attention", "grouped", "grouped_fp8", "memory"]
 HALF, FULL = 2, 4  # bytes of activations and of masters
 LOGITS_PASSES = 4.5 * FULL  # bytes a logit: written, read for its peak, its sum and its gradient, which is in 16 bits
 # Bytes a parameter and step: AdamW reads and writes master and moments and reads the gradient (28); its norm (4);
@@ -79,12 +79,14 @@ def layer_parts(config: RunConfig, share: Share, *, sparse: bool, window: int | 
         Part("attention", "attention", attention, 2.5 * attention),
         # Norms and residual sums read and write the stream, whose tokens `tensor` splits; rotary and the split
         # pass over queries, keys and values.
-        # queries, keys and values.
         Part("norms, residual, rotary", "memory",
              forward_bytes=tokens * HALF * (6 * width / tensor + 2 * (heads + keys) / tensor),
              backward_bytes=tokens * HALF * (8 * width / tensor + 2 * (heads + keys) / tensor)),
     ]
-    parts += _experts(model, share) if sparse else _mlp(model, tokens, tensor, model.mlp_dim, site("mlp"))
+    if sparse:
+        parts += _experts(model, share, site("experts") == "fp8")
+    else:
+        parts += _mlp(model, tokens, tensor, model.mlp_dim, site("mlp"))
     if sparse and model.moe.shared_experts:
         parts += _mlp(model, tokens, tensor, model.moe.shared_experts * model.expert_dim, site("mlp"))
     return parts + (_quantisation(config, share, sparse) if fp8 else [])
@@ -98,16 +100,21 @@ def _mlp(model: ModelConfig, tokens: float, tensor: int, units: int, kind: Kind)
             Part("mlp activation", "memory", forward_bytes=matrices * passes, backward_bytes=2 * matrices * passes)]
 
 
-def _experts(model: ModelConfig, share: Share) -> list[Part]:
-    """Rows are tokens times the experts that each takes, at an even load."""
+def _experts(model: ModelConfig, share: Share, fp8: bool) -> list[Part]:
+    """Rows are tokens times the experts that each takes, at an even load. Forward, rows are spread (read and written),
+    gate and up become one hidden unit, results are collected; backward, rows and hidden units are made again, gradients
+    spread, units' gradients made of them, and rows' collected. In 8 bits what is spread has half the bytes, and hidden
+    units and their gradients are read once more, for their largest."""
     rows, width, units = share.tokens * model.experts_per_token, model.hidden_dim, model.expert_dim / share.tensor
     products = 6.0 * rows * width * units
     router = 2.0 * share.tokens * width * model.num_experts
+    forward, backward = (2 * width + 4.5 * units, 4 * width + 10.5 * units) if fp8 else (
+        3 * width + 3 * units, 6 * width + 6 * units)
     return [
-        Part("experts", "grouped", products, 2 * products),
+        Part("experts", "grouped_fp8" if fp8 else "grouped", products, 2 * products),
         Part("router", "gemm", 3 * router, 6 * router),  # float32 in three passes of bfloat16
-        Part("spread, activation, collect", "memory",
-             forward_bytes=HALF * rows * (3 * width + 3 * units), backward_bytes=HALF * rows * (6 * width + 6 * units)),
+        Part("spread, activation, collect", "memory", forward_bytes=HALF * rows * forward,
+             backward_bytes=HALF * rows * backward),
     ]
 
 

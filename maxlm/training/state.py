@@ -16,6 +16,7 @@ from maxlm.kernels.attention import choose_across, choose_attention
 from maxlm.kernels.grouped_matmul import choose_grouped_matmul
 from maxlm.model import Transformer, make_transformer
 from maxlm.model.block import Kernels
+from maxlm.model.moe.exchange import choose_exchange
 from maxlm.model.parametrization import multipliers
 from maxlm.numerics import Fp8, numerics_of
 from maxlm.parallel.memory import has_host_memory, on_host
@@ -56,11 +57,7 @@ def kernels_of(config: RunConfig, device: jax.Device) -> tuple[Kernels, str]:
     grouped, reason = choose_grouped_matmul(compute.grouped_matmul, width=model.hidden_dim,
                                             expert_dim=model.expert_dim // config.mesh.tensor,
                                             eight_bit=isinstance(numerics.experts, Fp8), **where)
-    exchange = compute.expert_exchange
-    if exchange == "ragged_all_to_all" and device.platform == "cpu":
-        raise ConfigError("compute.expert_exchange='ragged_all_to_all' does not run on cpu: set it to 'auto'")
-    if exchange == "auto":
-        exchange = "ragged_all_to_all" if device.platform == "tpu" else "all_to_all"
+    exchange = choose_exchange(compute.expert_exchange, device.platform, config.mesh.expert, model.experts_per_token)
     exchanged = f"{exchange} in 8 bits" if numerics.fp8_exchange else exchange
     ways = f"; {exchanged} between {config.mesh.expert} devices" if config.mesh.expert > 1 else ""
     return Kernels(attention, grouped, exchange, across), f"{told}; experts: {grouped}, {reason}{ways}"

@@ -21,6 +21,7 @@ class FakeCall(Call):
 
     def forward(self, q_BTHK, k_BSGK, v_BSGK, *extra):
         pieces = self._pieces((q_BTHK, k_BSGK, v_BSGK), extra)
+        B = q_BTHK.shape[0]
         out, stats = np.full((B * T, H, K), np.nan), np.full((B * self.segments, H, T), np.nan)
         for n, first, last, arrays, bias in pieces:
             got, lse, _ = self._dense(arrays, bias)
@@ -28,6 +29,7 @@ class FakeCall(Call):
         return jnp.asarray(out.reshape(B, T, H, K), jnp.float32), jnp.asarray(stats, jnp.float32)
 
     def backward(self, q_BTHK, k_BSGK, v_BSGK, out_BTHK, stats, dout_BTHK, *extra):
+        B = q_BTHK.shape[0]
         grads = [np.full((B * T, heads, K), np.nan) for heads in (H, G, G)]
         pieces = self._pieces((q_BTHK, k_BSGK, v_BSGK, dout_BTHK, out_BTHK), extra)
         for n, first, last, (q, k, v, dout, kept), bias in pieces:
@@ -40,6 +42,7 @@ class FakeCall(Call):
 
     def _pieces(self, arrays, extra):
         """(number, first token, last token, the arrays between, bias) of each sequence."""
+        B = arrays[0].shape[0]
         flat = [np.asarray(x).reshape(1, B * T, *x.shape[2:]) for x in arrays]
         if self.segments == 1:
             bias = np.asarray(extra[0])[:, 0] if extra else np.zeros((B, 1, 1))
@@ -72,12 +75,22 @@ def eager_switch(monkeypatch):
     monkeypatch.setattr(jax.lax, "switch", lambda index, branches: branches[int(index)]())
 
 
+@pytest.mark.parametrize("workspace", [gpu.WORKSPACE, 1], ids=["at once", "row by row"])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize(("kind", "rows"), list(enumerate(ROWS.values())), ids=list(ROWS))
-def test_each_call_keeps_documents_apart(eager_switch, kind, rows, window):
+def test_each_call_keeps_documents_apart(eager_switch, monkeypatch, kind, rows, window, workspace):
+    monkeypatch.setattr(gpu, "WORKSPACE", workspace)
     segments = jnp.asarray(rows, jnp.int32)
     assert int(gpu.Documents(segments, 4).kind) == kind
     assert _largest_error(segments, window) < 1e-4
+
+
+def test_a_part_with_more_documents_than_its_rows_may_have(eager_switch, monkeypatch):
+    """Seven and one in two rows are few enough together, and too many for the first row alone."""
+    monkeypatch.setattr(gpu, "WORKSPACE", 1)
+    segments = jnp.asarray([[n // 7 + 1 for n in range(48)], [1] * 48], jnp.int32)
+    assert [int(gpu.Documents(part, 4).kind) for part in (segments, segments[:1])] == [1, 2]
+    assert _largest_error(segments, None) < 1e-4
 
 
 def test_a_forgotten_boundary_shows(eager_switch, monkeypatch):

@@ -30,7 +30,7 @@ def of_record(name):
     return record, from_dict(RunConfig, record["config"]), chip_of(record["device_kind"])
 
 
-@pytest.mark.parametrize("name", ["llama3_2_1b_h200_bf16.json", "olmoe_layer_h200_bf16.json"])
+@pytest.mark.parametrize("name", ["llama3_2_1b_h200_bf16.json", "olmoe_layer_h100_bf16.json"])
 def test_steps_that_were_measured(name, monkeypatch):
     """What the rates are calibrated on comes out; at the chip's peaks, the perturbed twin, it does not."""
     record, config, chip = of_record(name)

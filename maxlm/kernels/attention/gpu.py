@@ -8,7 +8,7 @@ order that varies; `deterministic` takes gpu_backward.py's for them.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.attention.cudnn_call import Call, ragged
 
-# Documents a row, averaged over the local batch, that the ragged call is compiled for. Its grid and its
+# Documents a row, averaged over the rows of a call, that the ragged call is compiled for. Its grid and its
 # statistics grow with it.
 SEGMENTS = 16
+# Bytes that a ragged backward call may work in: it takes two float32 copies of q as if every document filled a row
+# (17.2 GB for 8 rows of 4096 and 32 heads of 128; docs/LOG.md, 2026-11-26). Beyond, rows are taken in parts.
+WORKSPACE = 2**32
 
 
 def cudnn_attention(q_BTHK, k_BSGK, v_BSGK, segment_ids_BT, *, window, scale, segments=SEGMENTS, deterministic=False):
@@ -61,23 +64,30 @@ def _backward(window, scale, segments, deterministic, kept, dout_BTHK):
             q_BTHK, k_BSGK, v_BSGK, out_BTHK, stats_BHT, dout_BTHK, segment_ids_BT, window=window, scale=scale
         )
         return (*grads, None)
-    documents = Documents(segment_ids_BT, segments)
     saved = (q_BTHK, k_BSGK, v_BSGK, out_BTHK)
+    B, T, H, K = q_BTHK.shape
+    rows = max(1, WORKSPACE // (8 * segments * T * H * K))
+    parts = [slice(first, first + rows) for first in range(0, B, rows)]
+    documents = [Documents(segment_ids_BT[part], segments) for part in parts]
 
     def plain():
         return Call(scale, window).backward(*saved, stats_BHT, dout_BTHK)
 
     def packed():
         call = Call(scale, window, segments=segments)
-        return call.backward(
-            *saved, documents.by_document(stats_BHT), dout_BTHK, *documents.ragged(q_BTHK, k_BSGK)
-        )
+        grads = [
+            call.backward(*(x[part] for x in saved), of_part.by_document(stats_BHT[part]), dout_BTHK[part],
+                          *of_part.ragged(q_BTHK[part], k_BSGK[part]))
+            for part, of_part in zip(parts, documents, strict=True)
+        ]
+        return tuple(map(jnp.concatenate, zip(*grads, strict=True)))
 
     def masked():
         call = Call(scale, window, biased=True)
-        return call.backward(*saved, stats_BHT, dout_BTHK, documents.bias(q_BTHK.dtype))
+        return call.backward(*saved, stats_BHT, dout_BTHK, Documents(segment_ids_BT, segments).bias(q_BTHK.dtype))
 
-    return (*jax.lax.switch(documents.kind, (plain, packed, masked)), None)
+    kind = reduce(jnp.maximum, [of_part.kind for of_part in documents])
+    return (*jax.lax.switch(kind, (plain, packed, masked)), None)
 
 
 _attend.defvjp(_forward, _backward)

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from maxlm.kernels.grouped_matmul import ROW_MULTIPLE, Plan, collect, spread
 from maxlm.model.moe.plan import by_row, grouped_plan, rows_needed, slotted_plan, unplaced
 from maxlm.numerics.fp8 import BACKWARD, FORWARD, scaled
+from maxlm.schema import ConfigError
 
 AXIS = "expert"
 KEPT = ("mlp_up", "8bit")  # what experts keep for their backward pass
@@ -105,6 +106,19 @@ def ragged_all_to_all(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Arra
     came_R = jnp.arange(sizes[1]) < jnp.sum(paths.receive)
     out_RD, lost = _arrived(x_RD, weight_R, jnp.where(came_R, local_R, -1), serve, room, num_local, choices)
     return collect(ways.results(out_RD), sent), lost + unsent
+
+
+def choose_exchange(requested: str, platform: str, devices: int, experts_per_token: int) -> str:
+    """The name in EXCHANGES of `compute.expert_exchange`. 'auto': what sends less. A token goes to each other device
+    once by all_gather, and to each of its experts' by all_to_all; the ragged one sends no empty rows, and
+    is 30 times slower on GPUs (docs/MOE.md). Raises ConfigError for one that the platform does not have."""
+    if requested == "ragged_all_to_all" and platform == "cpu":
+        raise ConfigError("compute.expert_exchange='ragged_all_to_all' does not run on cpu: set it to 'auto'")
+    if requested != "auto":
+        return requested
+    if platform == "tpu":
+        return "ragged_all_to_all"
+    return "all_gather" if devices <= experts_per_token else "all_to_all"
 
 
 EXCHANGES = {"all_gather": all_gather, "all_to_all": all_to_all, "ragged_all_to_all": ragged_all_to_all}
