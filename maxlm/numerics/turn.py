@@ -23,8 +23,8 @@ def turned(x: jax.Array, count: int) -> jax.Array:
 
 
 def swapped(x: jax.Array) -> jax.Array:
-    """x [..., M, N] of one device with its last two dims exchanged. Row-major before and after: left alone, XLA lays out
-    the 16-bit values so that the 8-bit ones need no turn, and turns the 16-bit ones for everything else."""
+    """x [..., M, N] of one device with its last two dims exchanged. Row-major before and after: left alone, XLA lays
+    out the 16-bit values so that the 8-bit ones need no turn, and turns the 16-bit ones for everything else."""
     return jax.lax.platform_dependent(x, cuda=_by_nvidia, default=_by_xla)
 
 

@@ -1,15 +1,22 @@
 """Meshes: what must divide what, and several TPU slices (libtpu's topologies, in a process of their own)."""
 
+import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from maxlm.config import MeshConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
-from maxlm.parallel.mesh import axis_sizes, check_divisible
+from maxlm.parallel.mesh import axis_sizes, check_divisible, make_mesh
+from maxlm.parallel.sharding import STORAGE, spec, use, use_apart
 from maxlm.schema import ConfigError
 
 PROGRAM = """
@@ -62,3 +69,24 @@ def test_what_does_not_divide_is_told(mesh, model, train, words):
     with pytest.raises(ConfigError, match=words):
         check_divisible(sizes, RunConfig(model=ModelConfig(**given), schedule=ScheduleConfig(warmup_steps=1),
                                          train=TrainConfig(**(dict(global_batch_size=8, seq_len=64) | train))))
+
+
+@pytest.mark.parametrize("sizes", [None, dict(fsdp=4, expert=2)])
+def test_a_weight_cast_apart_is_the_same_weight(sizes):
+    """To the bit, in its layout too, and so is its gradient; not to be folded away, which is what it is for."""
+    mesh = make_mesh(MeshConfig(**sizes)) if sizes else None
+    weight, g = (np.random.default_rng(seed).normal(size=(2, 8, 4)).astype(np.float32) for seed in (0, 1))
+    dims = ("experts", "expert_embed", "mlp")
+
+    def cast(how, weight, g):
+        out, pull = jax.vjp(lambda w: how(nnx.Param(w, dims=dims), jnp.bfloat16), weight)
+        return out, *pull((out * g.astype(out.dtype)))
+
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        placed = jax.device_put(weight, jax.NamedSharding(mesh, spec(dims, STORAGE))) if mesh else weight
+        apart, plain, twin = (jax.jit(functools.partial(cast, how))(w, jnp.asarray(g)) for how, w in (
+            (use_apart, placed), (use, placed), (use_apart, placed * 1.01)))
+    assert [a.sharding for a in apart] == [a.sharding for a in plain]
+    same = [[np.array_equal(a, b) for a, b in zip(other, plain, strict=True)] for other in (apart, twin)]
+    assert same == [[True, True], [False, False]]
+    assert "optimization_barrier" in str(jax.make_jaxpr(lambda w: use_apart(nnx.Param(w, dims=dims), "bfloat16"))(weight))

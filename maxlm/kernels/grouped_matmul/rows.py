@@ -1,5 +1,5 @@
-"""The two linear maps between tokens and rows, which stand expert by expert: each other's transpose, and both only
-gather. What a token's gradient sums has a fixed order, nothing is added concurrently.
+"""The two linear maps between tokens and rows, which stand expert by expert: each other's transpose. What a
+token's gradient sums has a fixed order, nothing is added concurrently.
 
 Dims: N tokens, K choices a token, R rows, D width, E experts.
 """
