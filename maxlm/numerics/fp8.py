@@ -30,8 +30,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from maxlm.numerics.turn import turned
-from maxlm.parallel.sharding import ACTIVATION, COMPUTE, Dims, has_mesh, spec
+from maxlm.numerics.turn import rounded, rounded_and_turned, turned
+from maxlm.parallel.sharding import ACTIVATION, COMPUTE, Dims, has_mesh, spec, whole_length
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 _LARGEST_SCALE = 2.0**126  # its inverse is still a normal float32
@@ -95,6 +95,16 @@ def quantise(x: jax.Array, dtype: jnp.dtype, axes: range, recipe: Fp8) -> Quanti
     return scaled(x, dtype, tuple(axes) if recipe.scaling == "row" else None, recipe.power_of_two)
 
 
+def quantise_both_ways(x: jax.Array, dtype: jnp.dtype, batch: int, recipe: Fp8) -> tuple[Quantised, Quantised]:
+    """x by one scale, at `whole_length`; and that with its first `batch` dims last."""
+    if has_mesh() and jax.sharding.get_abstract_mesh().shape["tensor"] > 1:  # gathered once, then turned
+        x8 = scaled(x, dtype, None, recipe.power_of_two).whole_length()
+        return x8, x8.turned(batch)
+    x, factor = whole_length(x), _factor((x,), dtype, None, recipe.power_of_two)
+    values, by_last = rounded_and_turned(x, factor, dtype, batch)
+    return Quantised(values, factor), Quantised(by_last, factor)
+
+
 def scaled(x: jax.Array, dtype: jnp.dtype, axes: tuple[int, ...] | None, power_of_two: bool,
            over: tuple[str, ...] = ()) -> Quantised:
     """x in `dtype`, scaled so that its largest value along `axes` (None: all) is the format's; zeros are left alone.
@@ -105,6 +115,11 @@ def scaled(x: jax.Array, dtype: jnp.dtype, axes: tuple[int, ...] | None, power_o
 def scaled_alike(xs: Sequence[jax.Array], dtype: jnp.dtype, axes: tuple[int, ...] | None, power_of_two: bool,
                  over: tuple[str, ...] = ()) -> list[Quantised]:
     """`scaled` of each, with scales that serve all."""
+    factor = _factor(xs, dtype, axes, power_of_two, over)
+    return [Quantised(rounded(x, factor, dtype), factor) for x in xs]
+
+
+def _factor(xs, dtype, axes, power_of_two, over=()):
     largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True)
                                              for x in xs))
     largest = jax.lax.pmax(largest, over) if over else largest
@@ -114,7 +129,7 @@ def scaled_alike(xs: Sequence[jax.Array], dtype: jnp.dtype, axes: tuple[int, ...
         factor = jnp.where((mantissa == 0.5) | ~jnp.isfinite(factor), factor, jnp.ldexp(1.0, exponent))
     else:  # rounding down takes the largest value beyond the format's by less than half of its last place
         factor = factor.astype(jnp.bfloat16).astype(jnp.float32)
-    return [Quantised((x.astype(jnp.float32) * (1 / factor)).astype(dtype), factor) for x in xs]
+    return factor
 
 
 def product(recipe: Fp8, a: Quantised, b: Quantised, count: int, dtype: jnp.dtype, layout: P | None,
@@ -154,16 +169,19 @@ def _backward(recipe, contracted, out, layout, kept, g):
     x, w8, w = kept
     batch, produced = g.ndim - (w.ndim - contracted), w.ndim - contracted
     x_layout, w_layout = _layout(x.values if recipe.scaling == "tensor" else x), _layout(w)
-    g8 = quantise(g, BACKWARD, range(batch, g.ndim), recipe).whole_length()
-    if recipe.scaling == "row":
+    if recipe.scaling == "tensor":
+        g8, g8_turned = quantise_both_ways(g, BACKWARD, batch, recipe)
+    else:
+        g8 = quantise(g, BACKWARD, range(batch, g.ndim), recipe).whole_length()
         w8 = quantise(w, FORWARD, range(contracted, w.ndim), recipe).gathered(layout)
     with jax.named_scope("fp8_input_gradient"):
         dx = product(recipe, g8, w8, produced, recipe.dtype, x_layout)
     if recipe.scaling == "row":
-        x, g8 = quantise(x, FORWARD, range(batch), recipe), quantise(g, BACKWARD, range(batch), recipe).whole_length()
+        x = quantise(x, FORWARD, range(batch), recipe)
+        g8_turned = quantise(g, BACKWARD, range(batch), recipe).whole_length().turned(batch)
     precision = jax.lax.Precision.HIGHEST if recipe.careful_sums else None
     with jax.named_scope("fp8_weight_gradient"):
-        dw = product(recipe, x.whole_length().turned(batch), g8.turned(batch), batch, jnp.float32, layout, precision)
+        dw = product(recipe, x.whole_length().turned(batch), g8_turned, batch, jnp.float32, layout, precision)
     return dx, dw if layout is None else jax.sharding.reshard(dw, w_layout)
 
 

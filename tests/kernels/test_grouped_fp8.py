@@ -159,6 +159,6 @@ def test_tokens_move_to_their_rows_in_8_bits(recipe):
         text = jax.jit(jax.grad(loss, (0, 1))).trace(x, w, plan).lower(lowering_platforms=("cuda",)).as_text()
     moved = re.findall(r"xla.gpu.triton.*: \(tensor<([0-9x]+)x(\w+)>", text)
     spread = [dtype for shape, dtype in moved if shape == "128x256"]
-    assert {"f8E4M3FN", "f8E5M2"} <= set(spread) and (len(set(spread)) == 2 or recipe.scaling == "row")
+    assert spread.count("ui8") >= 2 and (set(spread) == {"ui8"} or recipe.scaling == "row")
     turned = [dtype for shape, dtype in moved if shape in ("1x512x256", "1x512x128")]
-    assert len(turned) >= 4 and set(turned) == {"f8E4M3FN", "f8E5M2"}
+    assert len(turned) >= 4 and set(turned) == {"ui8"}

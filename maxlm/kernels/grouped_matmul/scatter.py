@@ -25,7 +25,9 @@ def fits(x_ND: jax.Array, choice_R: jax.Array) -> bool:
 def scatter_tokens(x_ND: jax.Array, choice_R: jax.Array, row_NK: jax.Array, *, interpret: bool = False) -> jax.Array:
     """[R, D]: x[n] in the rows of n that are below R, which no other choice has; 0 in rows of no choice (choice_R is
     N * K or more). So each row is written once: by a program of its token, or by one that clears."""
-    (N, D), K, R = x_ND.shape, row_NK.shape[1], choice_R.size
+    (N, D), K, R, dtype = x_ND.shape, row_NK.shape[1], choice_R.size, x_ND.dtype
+    if dtype.itemsize == 1:  # Triton has E4M3 on GPUs with units for it alone
+        x_ND = jax.lax.bitcast_convert_type(x_ND, jnp.uint8)
     tokens, columns, rows = math.gcd(N, TOKENS), math.gcd(D, COLUMNS), math.gcd(R, ROWS)
     spreading = N // tokens
 
@@ -49,10 +51,10 @@ def scatter_tokens(x_ND: jax.Array, choice_R: jax.Array, row_NK: jax.Array, *, i
 
     whole = lambda *shape: pl.BlockSpec(shape, lambda i, j: (0,) * len(shape))  # noqa: E731
     operands = x_ND, choice_R, row_NK
-    varying = lambda a: jax.typeof(a).manual_axis_type  # noqa: E731
-    return pl.pallas_call(
+    out_RD = pl.pallas_call(
         kernel, grid=(spreading + R // rows, D // columns), interpret=interpret,
         in_specs=[whole(*a.shape) for a in operands], out_specs=whole(R, D),
-        out_shape=jax.ShapeDtypeStruct((R, D), x_ND.dtype, manual_axis_type=varying(x_ND)),
+        out_shape=jax.ShapeDtypeStruct((R, D), x_ND.dtype, manual_axis_type=jax.typeof(x_ND).manual_axis_type),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1), name="spread",
     )(*operands)
+    return jax.lax.bitcast_convert_type(out_RD, dtype)
