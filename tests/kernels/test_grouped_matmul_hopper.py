@@ -80,6 +80,21 @@ def test_products_of_8_bits(interpreted, formats):
     assert near(dw, weights_of(exact(x).T, exact(g).T, UNEVEN))
 
 
+@newer
+def test_sums_in_parts_of_8_bits(interpreted):
+    """Promoted to float32 after each piece, or two, of what is summed over; also where there is none."""
+    a, b = draw(0, (ROWS, 3 * WIDTH), E4M3), draw(1, (E, 128, 3 * WIDTH), E4M3)
+    x, g = draw(2, (WIDTH, ROWS), E4M3), draw(3, (WIDTH, ROWS), E5M2)
+    sizes = jnp.asarray(UNEVEN, jnp.int32)
+    for promoted, halved in ((1, "columns"), (2, "rows")):
+        tiles = hopper.Tiles(128, 128, halved, 3, promoted=promoted)
+        out = hopper.grouped_product(((a, b),), sizes, b_last=True, tiles=tiles)
+        dw = hopper.grouped_weights(x, g, sizes, rows_last=True, tiles=tiles)
+        assert near(out, product_of(exact(a), exact(b).transpose(0, 2, 1), UNEVEN))
+        assert near(dw, weights_of(exact(x).T, exact(g).T, UNEVEN))
+    assert not near(out, product_of(exact(a), exact(b).transpose(0, 2, 1), (0, 128, 256)))
+
+
 @pytest.mark.parametrize("hidden", [256, 384])
 def test_kernels_lower_for_cuda(hidden):
     shape = jax.ShapeDtypeStruct

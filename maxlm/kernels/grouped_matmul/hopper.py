@@ -30,13 +30,18 @@ PIECE = 64  # rows and columns of the result that leave through shared memory at
 @dataclass(frozen=True)
 class Tiles:
     """A multiprocessor's piece of the result, rows x columns, which two warpgroups halve along `halved`; and how many
-    pieces of `depth` bytes of what is summed over are under way."""
+    pieces of `depth` bytes of what is summed over are under way.
+
+    promoted: pieces after which a sum in the tensor cores, short of float32 for 8-bit operands (arXiv:2412.19437,
+    section 3.5.2), is added to one in registers, which then hold both; 0: never.
+    """
 
     rows: int
     columns: int
     halved: Literal["rows", "columns"]
     stages: int
     depth: int = 128
+    promoted: int = 0
 
     @property
     def half(self) -> tuple[int, int]:
@@ -245,8 +250,7 @@ def _multiply(tiles: Tiles, turns: Any, piece: Callable[[Any], _Work], ring: _Ri
         here = piece(i)
         steps = here.steps
 
-        @functools.partial(pl.run_scoped, acc=plgpu.ACC(tiles.half, jnp.float32))
-        def _(acc):
+        def summed(count, step, then, acc):
             def add(k, step):
                 stage = ring.stage(step)
                 plgpu.barrier_wait(ring.full.at[stage])
@@ -261,14 +265,30 @@ def _multiply(tiles: Tiles, turns: Any, piece: Callable[[Any], _Work], ring: _Ri
 
                 return step + 1
 
-            lax.fori_loop(0, steps, add, step)
-            result = acc[...] if here.scale is None else acc[...] * here.scale()
+            lax.fori_loop(0, count, add, step)
+            result = acc[...]
 
-            @pl.when(steps > 0)
+            @pl.when(count > 0)
             def _():
-                plgpu.barrier_arrive(ring.empty.at[ring.stage(step + steps - 1)])
+                plgpu.barrier_arrive(ring.empty.at[ring.stage(step + count - 1)])
 
+            return then(result)
+
+        def store(result):
+            result = result if here.scale is None else result * here.scale()
             _store(result.astype(out_smem.dtype), out_smem.at[warpgroup], here.out.at[rows, columns])
+
+        def part(index, total):
+            first = index * tiles.promoted
+            count = lax.min(steps - first, jnp.int32(tiles.promoted))
+            return scoped(functools.partial(summed, count, step + first, lambda result: total + result))
+
+        scoped = functools.partial(pl.run_scoped, acc=plgpu.ACC(tiles.half, jnp.float32))
+        if tiles.promoted:
+            parts = lax.div(steps + tiles.promoted - 1, tiles.promoted)
+            store(lax.fori_loop(0, parts, part, jnp.zeros(tiles.half, jnp.float32)))
+        else:
+            scoped(functools.partial(summed, steps, step, store))
 
         return step + steps
 
