@@ -8,8 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.kernels.grouped_matmul import collect, grouped_matmul, spread
 from maxlm.kernels.grouped_matmul.blocks import BLOCK
-from maxlm.kernels.grouped_matmul.rows import gather_rows
-from maxlm.kernels.grouped_matmul.scatter import scatter_tokens
+from maxlm.kernels.grouped_matmul.rows import gather_rows, spread_turned
+from maxlm.kernels.grouped_matmul.scatter import gather_turned, scatter_tokens
 from maxlm.model.moe.plan import by_row, grouped_plan, rows_needed, slotted_plan, unplaced
 
 
@@ -94,6 +94,17 @@ def test_tokens_keep_their_bits(dtype, width):
     for word in (1, 2, 4):
         got = gather_rows(x_ND, jnp.where(held_R, token_R, 0), held_R, word=word)
         assert np.asarray(got).tobytes() == rows.tobytes()
+
+
+@pytest.mark.parametrize("rows", [256, 64])
+def test_the_kernel_for_nvidia_turns_what_it_gathers(rows):
+    plan = grouped_plan(choices(24, 3, 8, skew=False), 8, rows, 8 if rows > 72 else 1)
+    x_ND = jnp.asarray(np.random.default_rng(0).normal(size=(24, 64)), jnp.float8_e5m2)
+    got, wanted = gather_turned(x_ND, plan.choice_R, 3, interpret=True), spread_turned(x_ND, plan)
+    assert np.asarray(got).tobytes() == np.asarray(wanted).tobytes()
+    assert np.asarray(got).tobytes() == np.ascontiguousarray(np.asarray(spread(x_ND, plan)).T).tobytes()
+    twin = gather_turned(x_ND, plan.choice_R[::-1], 3, interpret=True)
+    assert np.asarray(twin).tobytes() != np.asarray(wanted).tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float8_e5m2", "bfloat16"])

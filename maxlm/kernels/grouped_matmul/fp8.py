@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.grouped_matmul.eight_bit import grouped_product_8bit, grouped_weights_8bit
-from maxlm.kernels.grouped_matmul.rows import Plan, collect, spread
+from maxlm.kernels.grouped_matmul.rows import Plan, collect, spread, spread_turned
 from maxlm.numerics.fp8 import BACKWARD, FORWARD, Fp8, Quantised, scaled, scaled_alike
 from maxlm.numerics.turn import swapped
 from maxlm.parallel.sharding import COMPUTE, REPLICAS, STORAGE, Dims, split_over
@@ -52,10 +52,11 @@ def _spread_backward(recipe, implementation, dims, kept, gs):
     g8s, w8s = _gradients(recipe, gs, dims), _backward_weights(recipe, weights, dims)
     dx = collect(_product(recipe, implementation, tuple(zip(g8s, w8s, strict=True)), plan.sizes_E), plan)
     if recipe.scaling == "tensor":
-        x8 = _spread(x, plan)
+        x_turned = Quantised(spread_turned(x.values, plan), x.factors)
     else:
-        x8, g8s = _columns(recipe, spread(x, plan), FORWARD, dims), [_columns(recipe, g, BACKWARD, dims) for g in gs]
-    return dx, None, _weights_gradients(recipe, implementation, dims, x8, g8s, plan.sizes_E)
+        x_turned = _turned(_columns(recipe, spread(x, plan), FORWARD, dims))
+        g8s = [_columns(recipe, g, BACKWARD, dims) for g in gs]
+    return dx, None, _weights_gradients(recipe, implementation, dims, x_turned, g8s, plan.sizes_E)
 
 
 fp8_spread_products.defvjp(_spread_forward, _spread_backward)
@@ -83,15 +84,15 @@ def _collected_backward(recipe, implementation, dims, kept, g_NF):
     if recipe.scaling == "row":
         x = _columns(recipe, _held(x, plan.sizes_E), FORWARD, dims)
         g8 = _columns(recipe, spread(g_NF, plan), BACKWARD, dims)
-    return dx, None, *_weights_gradients(recipe, implementation, dims, x, (g8,), plan.sizes_E)
+    return dx, None, *_weights_gradients(recipe, implementation, dims, _turned(x), (g8,), plan.sizes_E)
 
 
 fp8_collected_product.defvjp(_collected_forward, _collected_backward)
 
 
-def _weights_gradients(recipe, implementation, dims, x8, g8s, sizes_E):
-    """Of each g8 the weight's, from x8's and its rows: float32, as the weight is stored."""
-    x_turned, dws = _turned(x8), []
+def _weights_gradients(recipe, implementation, dims, x_turned, g8s, sizes_E):
+    """Of each g8 the weight's, from x8's (turned) and its rows: float32, as the weight is stored."""
+    dws = []
     for g8 in map(_turned, g8s):
         whole = (x_turned.factors * g8.factors).reshape(()) if recipe.scaling == "tensor" else jnp.float32(1)
         dw = grouped_weights_8bit(x_turned.values, g8.values, sizes_E, whole, implementation)

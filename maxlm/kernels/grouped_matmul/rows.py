@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from maxlm.numerics.turn import swapped
+
 
 class Plan(NamedTuple):
     """A placement of N x K choices in R rows.
@@ -47,6 +49,20 @@ def _by_nvidia(x_ND, token_R, held_R, choice_R, row_NK):
     if fits(x_ND, choice_R):
         return scatter_tokens(x_ND, choice_R, row_NK)
     return gather_rows(x_ND, token_R, held_R, word=4)
+
+
+def spread_turned(x8_ND: jax.Array, plan: Plan) -> jax.Array:
+    """`spread` of 8-bit numbers, [D, R]. On NVIDIA GPUs the rows are not stored on the way: 0.30 instead of 0.52 ms."""
+    apart = lambda x8_ND, plan: swapped(jax.lax.optimization_barrier(spread(x8_ND, plan)))  # noqa: E731
+
+    def by_nvidia(x8_ND, plan):
+        from maxlm.kernels.grouped_matmul.scatter import fits_turned, gather_turned
+
+        if fits_turned(x8_ND, plan.choice_R):
+            return gather_turned(x8_ND, plan.choice_R, plan.row_NK.shape[1])
+        return apart(x8_ND, plan)
+
+    return jax.lax.platform_dependent(x8_ND, plan, cuda=by_nvidia, default=apart)
 
 
 def gather_rows(x_ND: jax.Array, row_R: jax.Array, held_R: jax.Array, *, word: int) -> jax.Array:

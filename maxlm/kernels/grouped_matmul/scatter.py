@@ -1,5 +1,5 @@
-"""The spread of tokens over rows as a kernel for NVIDIA GPUs, in Pallas-Triton: it reads each token once and writes it
-to all of its rows, where a gather reads each as often as it has rows.
+"""The spread of tokens over rows as kernels for NVIDIA GPUs, in Pallas-Triton. One reads each token once and writes it
+to all of its rows, where a gather reads each as often as it has rows; the other gathers 8-bit tokens and turns them.
 
 Dims: N tokens, K choices a token, R rows, D width.
 """
@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 TOKENS, COLUMNS, ROWS = 8, 512, 64  # at most, of a program: what ran fastest on an H200 (docs/MOE.md)
+TURNED = 128, 256  # rows and columns, at most, of a program that turns them
 MOST = 2**31  # numbers that the kernel's 32-bit offsets reach
 
 
@@ -58,3 +59,33 @@ def scatter_tokens(x_ND: jax.Array, choice_R: jax.Array, row_NK: jax.Array, *, i
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1), name="spread",
     )(*operands)
     return jax.lax.bitcast_convert_type(out_RD, dtype)
+
+
+def fits_turned(x_ND: jax.Array, choice_R: jax.Array) -> bool:
+    R, D = choice_R.size, x_ND.shape[1]
+    return min(math.gcd(R, TURNED[0]), math.gcd(D, TURNED[1])) >= 64 and R * D <= MOST
+
+
+def gather_turned(x_ND: jax.Array, choice_R: jax.Array, choices: int, *, interpret: bool = False) -> jax.Array:
+    """[D, R] of 8-bit tokens: in each column the token of its row's choice, n * choices + k; 0 where there is none."""
+    (N, D), R = x_ND.shape, choice_R.size
+    rows, columns = math.gcd(R, TURNED[0]), math.gcd(D, TURNED[1])
+    across = D // columns
+
+    def kernel(x_ref, choice_ref, out_ref):
+        block, first = pl.program_id(0) // across, (pl.program_id(0) % across) * columns
+        choice = choice_ref[pl.ds(block * rows, rows)]
+        held, token = (jnp.broadcast_to(a[:, None], (rows, columns)) for a in (
+            choice < N * choices, jnp.where(choice < N * choices, choice // choices, 0)))
+        column = jnp.broadcast_to(first + jnp.arange(columns, dtype=jnp.int32), (rows, columns))
+        values = triton.load(x_ref.at[token, column], mask=held, other=0)
+        out_ref[pl.ds(first, columns), pl.ds(block * rows, rows)] = values.T
+
+    whole = lambda *shape: pl.BlockSpec(shape, lambda i: (0,) * len(shape))  # noqa: E731
+    turned_DR = pl.pallas_call(
+        kernel, grid=(R // rows * across,), interpret=interpret, in_specs=[whole(N, D), whole(R)],
+        out_specs=whole(D, R),
+        out_shape=jax.ShapeDtypeStruct((D, R), jnp.uint8, manual_axis_type=jax.typeof(x_ND).manual_axis_type),
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=1), name="spread_turned",
+    )(jax.lax.bitcast_convert_type(x_ND, jnp.uint8), choice_R)
+    return jax.lax.bitcast_convert_type(turned_DR, x_ND.dtype)
