@@ -55,7 +55,11 @@ def _product_tiles(columns: int) -> Tiles:
     return Tiles(ROWS, 256, "columns", 4) if columns % 256 == 0 else Tiles(ROWS, 128, "columns", 6)
 
 
-def _weights_tiles(columns: int) -> Tiles:
+def _weights_tiles(columns: int, eight_bit: bool) -> Tiles:
+    """8-bit sums over all rows of a group are promoted, as those of dense layers are (numerics/fp8.py): of numbers of
+    one sign they were 6 to 12% off, and are 0.2% so, at 1,156 instead of 1,531 TFLOP/s."""
+    if eight_bit:
+        return Tiles(128, 128, "columns", 4, promoted=1)
     return Tiles(128, 256, "rows", 4) if columns % 256 == 0 else Tiles(128, 128, "columns", 6)
 
 
@@ -136,7 +140,7 @@ def grouped_weights(a: jax.Array, b: jax.Array, sizes_E: jax.Array, scale: jax.A
     """
     turn = (lambda shape: shape[::-1]) if rows_last else (lambda shape: shape)
     (R, M), (_, N), E = turn(a.shape), turn(b.shape), sizes_E.size
-    tiles = tiles or _weights_tiles(N)
+    tiles = tiles or _weights_tiles(N, a.dtype.itemsize == 1)
     depth = tiles.depth // a.dtype.itemsize
     assert ROWS % depth == 0 and M % tiles.rows == 0 and N % tiles.columns == 0, (R, M, N, tiles)
     down, across = M // tiles.rows, N // tiles.columns
