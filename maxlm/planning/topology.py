@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from maxlm.hardware import CHIPS, GIB, Chip
@@ -26,6 +27,7 @@ _TPUS = {
 }
 _ALIASES = {"tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e"}
 ATTACHED = ("local", "gpu")
+BOTH_WAYS = frozenset(("up", "down"))
 GPU_RESERVE = 1.5 * GIB  # CUDA context, NCCL and cuBLAS work space: what XLA's allocator cannot have
 
 
@@ -108,6 +110,23 @@ def links(chip: Chip, target: Target, coords: Sequence[tuple[int, ...]]) -> floa
         full = len(places) == size
         found += 2.0 if full and target.wraps[dim] and size > 2 else 1.0 / stride
     return found or float(chip.ici_links)
+
+
+def permuted(target: Target, pairs: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[int, frozenset[str]]:
+    """(messages on the busiest link, directions of the torus that are used, 'up' and 'down') where each pair's first
+    chip sends one message to its second: dim after dim, the shorter way round. (0, both) where none leaves its chip or
+    there is no torus."""
+    load: Counter[tuple[tuple[int, ...], int, str]] = Counter()
+    for begin, end in pairs if target.shape else ():
+        at = list(begin)
+        for dim, size in enumerate(target.shape):
+            way = end[dim] - at[dim]
+            if target.wraps[dim] and 2 * abs(way) > size:
+                way -= math.copysign(size, way)
+            for _ in range(abs(int(way))):
+                load[tuple(at), dim, "up" if way > 0 else "down"] += 1
+                at[dim] = (at[dim] + (1 if way > 0 else -1)) % size
+    return max(load.values(), default=0), frozenset(way for _, _, way in load) or BOTH_WAYS
 
 
 def complain_of_attached(name: str, platform: str) -> None:
