@@ -22,6 +22,7 @@ NO_WORK = frozenset({"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBo
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
 _RAGGED = re.compile(r'"is_ragged_dot":true,"num_groups_in_ragged_dot":"(\d+)"')
+_STATED = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')  # what a Pallas kernel says of itself
 _SLICING = ("dynamic-slice", "slice", "gather")
 # Products that splash attention's kernels make of each visible pair of blocks, of T x T x head_dim each: forward scores
 # and output; in its gradients scores again, dp, dq; scores, dp, dv and dk. One kernel makes all five where it can.
@@ -124,7 +125,13 @@ class Costs:
             if len(node.shape.dims) == 3:  # a gradient of the experts' weights: rows are summed over
                 inner = node.shape.dims[1]
             return self._matrix(2.0 * rows * inner * columns * self.rows_used, floats, inner, columns)
-        return Cost()
+        # Grouped products of ours state theirs, for all rows that there is room for; in a gradient of the experts'
+        # weights rows are summed over.
+        if (stated := _STATED.search(node.attributes)) is None:
+            return Cost()
+        operands = [shape for shape in into if len(shape.dims) >= 2]
+        inner = operands[0].dims[-1] if len(node.shape.dims) == 2 else node.shape.dims[-2]
+        return self._matrix(float(stated[1]) * self.rows_used, operands, inner, node.shape.dims[-1])
 
     def _splash(self, node: Instruction, into: list[Shape]) -> Cost:
         """Blocks that a causal mask hides are not computed, those on its edge are, whole."""
