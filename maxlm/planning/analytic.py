@@ -140,10 +140,9 @@ def _wire_bytes(config: RunConfig, axes: Mapping[str, int], share: Share, chip: 
     if axes["data"] > 1:  # what each device holds of the gradients, once a microbatch
         held = (whole / ways + experts / share.fsdp)
         moved["data"] = share.microbatches * 2 * HALF * held * part(axes["data"])
-    if share.tensor > 1:  # sums after attention and mlp: forward, gradients, and again
-        again = 1 if config.remat.policy == "full" else 0
-        sums = (2 + 2 + 2 * again) * model.num_layers
-        moved["tensor"] = share.microbatches * sums * 2 * HALF * share.tokens * model.hidden_dim * part(share.tensor)
+    if share.tensor > 1:  # of the stream: gathered into two sublayers, again, and so its gradients; scattered likewise
+        trips = (6 + 4 if config.remat.policy == "none" else 6 + 5) * model.num_layers
+        moved["tensor"] = share.microbatches * trips * HALF * share.tokens * model.hidden_dim * part(share.tensor)
     if share.expert > 1 and model.num_experts:
         rows = share.tokens * model.experts_per_token
         layers = model.num_layers - model.moe.dense_layers
