@@ -104,7 +104,7 @@ def _again(policy: str, part: Part) -> float:
     if policy == "full":
         return 1.0
     if policy == "dots":
-        return {"gemm": 0.0, "fp8": 0.0}.get(part.kind, 1.0)
+        return 1.0 if part.kind == "memory" or part.name == "router" else 0.0
     return {"attention": 0.0, "mlp": 0.0, "experts": 1 / 3}.get(part.name, 1.0)  # 'names': gate, up and attention
 
 
@@ -198,7 +198,7 @@ def _kept_numbers(config: RunConfig, sparse: bool, share: Share) -> float:
     return {
         "full": width,
         "names": width + (heads + into) / tensor,
-        "dots": 3 * width + (heads + keys + into) / tensor + rows,
+        "dots": 2 * width + (2 * heads + keys + into) / tensor,
         "none": 4 * width + (2 * heads + keys + into + units) / tensor + rows - in_8_bits,
     }[policy]
 

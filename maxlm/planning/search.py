@@ -17,7 +17,7 @@ from maxlm.planning.topology import Target, find_target
 from maxlm.planning.torus import axis_links
 from maxlm.schema import ConfigError
 
-POLICIES = ("none", "names", "full")  # 'dots' compiles to what 'full' does for TPUs (docs/LOG.md, 2026-11-25)
+POLICIES = ("none", "dots", "names", "full")
 MOST_TENSOR = 32
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # sequences of a device at once
 SHAPES_2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
