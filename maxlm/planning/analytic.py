@@ -101,6 +101,7 @@ def _again(policy: str, part: Part) -> float:
     """Of a part's forward work, what the backward pass does again."""
     if policy == "none":
         return 0.0
+    policy = policy.removesuffix("_offload")
     if policy == "full":
         return 1.0
     if policy == "dots":
@@ -143,6 +144,10 @@ def _wire_bytes(config: RunConfig, axes: Mapping[str, int], share: Share, chip: 
     if share.tensor > 1:  # of the stream: gathered into two sublayers, again, and so its gradients; scattered likewise
         trips = (6 + 4 if config.remat.policy == "none" else 6 + 5) * model.num_layers
         moved["tensor"] = share.microbatches * trips * HALF * share.tokens * model.hidden_dim * part(share.tensor)
+    if axes["context"] > 1:  # keys and values of whole rows, forward and backward, and their gradients
+        trips = (2 if config.remat.policy == "none" else 3) * model.num_layers
+        keys = 2 * model.num_kv_heads * model.head_dim / share.tensor
+        moved["context"] = share.microbatches * trips * HALF * share.tokens * keys * (axes["context"] - 1)
     if share.expert > 1 and model.num_experts:
         rows = share.tokens * model.experts_per_token
         layers = model.num_layers - model.moe.dense_layers
@@ -168,6 +173,8 @@ def _memory(config: RunConfig, share: Share, axes: Mapping[str, int]) -> dict[st
     once = max(_layer_numbers(config, sparse, share) for _, sparse, _ in layers_of(model))
     scanned = config.remat.policy == "none" and config.compute.layer_unroll != "all"
     activations = HALF * share.tokens * kept * (SCAN_KEEPS if scanned else 1.0)
+    if config.remat.policy.endswith("_offload"):  # a layer's on its way, and one in work
+        activations *= 2 / model.num_layers
     again = HALF * share.tokens * once if config.remat.policy != "none" else 0.0
     logits = min(FULL * share.tokens * model.vocab_size / share.tensor, LOGITS_BYTES) * LOGITS_COPIES
     table = model.vocab_size * model.hidden_dim / share.tensor
@@ -179,7 +186,10 @@ def _memory(config: RunConfig, share: Share, axes: Mapping[str, int]) -> dict[st
         whole_weights = HALF * parameter_count(model).non_embedding / share.tensor / share.expert
     if config.compute.layer_unroll == "all":  # gradients come when activations go
         gradients = max(0.0, gradients - activations - logits) if share.microbatches == 1 else gradients / 2
-    return {"parameters": FULL * stored, "optimizer": moments * stored, "gradients": gradients,
+    working, moments = activations + max(head, layer) + whole_weights, moments * stored
+    if config.compute.offload_optimizer:  # they come when only parameters and one set of gradients are left
+        moments = max(0.0, moments - working - (gradients - FULL * stored))
+    return {"parameters": FULL * stored, "optimizer": moments, "gradients": gradients,
             "activations": activations, "layer or head in work": max(head, layer), "weights": whole_weights}
 
 
@@ -200,7 +210,7 @@ def _kept_numbers(config: RunConfig, sparse: bool, share: Share) -> float:
         "names": width + (heads + into) / tensor,
         "dots": 2 * width + (2 * heads + keys + into) / tensor,
         "none": 4 * width + (2 * heads + keys + into + units) / tensor + rows - in_8_bits,
-    }[policy]
+    }[policy.removesuffix("_offload")]
 
 
 def _layer_numbers(config: RunConfig, sparse: bool, share: Share) -> float:

@@ -65,15 +65,17 @@ class _Search:
 def plan(config: RunConfig, target: Target, *, confirm: int = 4, most: int = 10, seconds: float = 240.0,
          jobs: int | None = None, tell: Callable[[str], None] = lambda line: None) -> list[Confirmed]:
     """Compiles candidates, best first and `jobs` at a time, until `confirm` of them fit, `most` were tried or `seconds`
-    have passed; fitting ones first, fastest first. Raises ConfigError where none can fit, saying what would."""
+    have passed; fitting ones first, fastest first. Layouts that use the host's memory are asked where no other can fit.
+    Raises ConfigError where none can, saying what would."""
     require(not target.attached, f"--topology={target.name}: plan is for TPU slices; judge meshes of attached devices "
                                  "with maxlm compile or bench")
-    found = candidates(config, target)
-    hopeful = [c for c in found if c.expected.memory_bytes <= HOPEFUL * target.usable_bytes]
-    if not hopeful:
-        raise ConfigError(why_none(config, target, found))
+    found, offloaded = candidates(config, target), candidates(config, target, offload=True)
+    hopeful, host = ([c for c in some if c.expected.memory_bytes <= HOPEFUL * target.usable_bytes]
+                     for some in (found, offloaded))
+    if not hopeful and not host:
+        raise ConfigError(why_none(config, target, found + offloaded))
     tell(f"{len(found):,} layouts, {len(hopeful):,} may fit; compiling the best")
-    search, confirmed, clock = _Search(target, list(hopeful)), [], time.monotonic()
+    search, confirmed, clock = _Search(target, hopeful), [], time.monotonic()
     workers = jobs or max(1, min(4, os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
         running: dict[Future, Candidate] = {}
@@ -83,6 +85,10 @@ def plan(config: RunConfig, target: Target, *, confirm: int = 4, most: int = 10,
             candidate = None if enough or late or len(running) >= workers else search.next()
             if candidate is not None:
                 running[pool.submit(_compile, candidate, target)] = candidate
+                continue
+            if not running and host and not late and not any(c.fits for c in confirmed):
+                tell("nothing fits on the chips alone: layer inputs, or moments as well, wait in the host's memory")
+                search.waiting, host = host, []
                 continue
             if not running:
                 break
