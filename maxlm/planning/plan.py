@@ -69,13 +69,9 @@ def plan(config: RunConfig, target: Target, *, confirm: int = 4, most: int = 10,
     Raises ConfigError where none can, saying what would."""
     require(not target.attached, f"--topology={target.name}: plan is for TPU slices; judge meshes of attached devices "
                                  "with maxlm compile or bench")
-    found, offloaded = candidates(config, target), candidates(config, target, offload=True)
-    hopeful, host = ([c for c in some if c.expected.memory_bytes <= HOPEFUL * target.usable_bytes]
-                     for some in (found, offloaded))
-    if not hopeful and not host:
-        raise ConfigError(why_none(config, target, found + offloaded))
-    tell(f"{len(found):,} layouts, {len(hopeful):,} may fit; compiling the best")
-    search, confirmed, clock = _Search(target, hopeful), [], time.monotonic()
+    found, asked_host = candidates(config, target), False
+    search, confirmed, clock = _Search(target, _hopeful(found, target)), [], time.monotonic()
+    tell(f"{len(found):,} layouts, {len(search.waiting):,} may fit on the chips alone")
     workers = jobs or max(1, min(4, os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
         running: dict[Future, Candidate] = {}
@@ -86,9 +82,12 @@ def plan(config: RunConfig, target: Target, *, confirm: int = 4, most: int = 10,
             if candidate is not None:
                 running[pool.submit(_compile, candidate, target)] = candidate
                 continue
-            if not running and host and not late and not any(c.fits for c in confirmed):
+            if not (enough or late or running or asked_host or any(c.fits for c in confirmed)):
+                asked_host, offloaded = True, candidates(config, target, offload=True)
+                search.waiting = _hopeful(offloaded, target)
+                if not search.waiting and not confirmed:
+                    raise ConfigError(why_none(config, target, found + offloaded))
                 tell("nothing fits on the chips alone: layer inputs, or moments as well, wait in the host's memory")
-                search.waiting, host = host, []
                 continue
             if not running:
                 break
@@ -99,6 +98,10 @@ def plan(config: RunConfig, target: Target, *, confirm: int = 4, most: int = 10,
                 search.learn(confirmed[-1])
                 tell(_told(confirmed[-1], config))
     return sorted(confirmed, key=lambda c: (not c.fits, c.record["step_seconds_estimate"] if c.fits else math.inf))
+
+
+def _hopeful(found: list[Candidate], target: Target) -> list[Candidate]:
+    return [c for c in found if c.expected.memory_bytes <= HOPEFUL * target.usable_bytes]
 
 
 def _compile(candidate: Candidate, target: Target) -> Confirmed:
