@@ -23,6 +23,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all
          "collective-broadcast")
 _RAGGED = re.compile(r'"is_ragged_dot":true,"num_groups_in_ragged_dot":"(\d+)"')
 _STATED = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')  # what a Pallas kernel says of itself
+_PASSING = ("bitcast", "copy")
 _SLICING = ("dynamic-slice", "slice", "gather")
 # Products that splash attention's kernels make of each visible pair of blocks, of T x T x head_dim each: forward scores
 # and output; in its gradients scores again, dp, dq; scores, dp, dv and dk. One kernel makes all five where it can.
@@ -180,16 +181,26 @@ class Costs:
                 total += user.shape.bytes
             elif (user.opcode == "dynamic-update-slice" and user.operands[0] == name) or user.opcode in KINDS:
                 continue  # written in place; or a collective's, which runs beside it
-            elif user.opcode == "bitcast":
+            elif user.opcode in _PASSING and user is not computation.root:
                 total += self.bytes_read(computation, user.name)
             elif user.opcode == "fusion":
                 inner = self.module.computations[user.called[0]]
                 for place, operand in enumerate(user.operands):
                     if operand == name:
-                        total += self.bytes_read(inner, inner.parameter(place).name)
+                        within = inner.parameter(place).name
+                        total += self.bytes_read(computation, user.name) if self._passes(inner, within) and (
+                            user is not computation.root) else self.bytes_read(inner, within)
             elif user.opcode not in ("tuple", "get-tuple-element"):
                 return whole
         return min(total, whole)
+
+    def _passes(self, computation: Computation, name: str) -> bool:
+        """Whether a fused computation hands on its parameter `name` and does nothing else: a change of layout, which
+        whoever slices its result makes of the slice alone."""
+        node = computation.root
+        while node.opcode in _PASSING:
+            node = computation[node.operands[0]]
+        return node.name == name
 
     def _written(self, computation: Computation, root: Instruction, shapes: tuple[Shape, ...]) -> float:
         if root.opcode == "tuple":

@@ -178,25 +178,6 @@ backend_config={"convolution_algorithm_config":{"is_ragged_dot":true,"num_groups
     assert step_of(text).flops == 2 * 4096 * 256 * 128
 
 
-def test_a_grouped_product_counts_what_its_kernel_states():
-    """Of the rows that experts have room for, those that an even load fills. As libtpu writes one of mosaic_tpu.py."""
-    text = """
-ENTRY %main (n: s32[9], x: bf16[4096,256], w: bf16[8,256,128]) -> bf16[4096,128] {
-  %n = s32[9]{0} parameter(0)
-  %x = bf16[4096,256]{1,0} parameter(1)
-  %w = bf16[8,256,128]{2,1,0} parameter(2)
-  ROOT %k = bf16[4096,128]{1,0} custom-call(%n, %x, %w), custom_call_target="tpu_custom_call",
-backend_config={"custom_call_config":{"body":"TUz","cost_estimate":{"bytes_accessed":"1","flops":"268435456"}}}
-}
-"""
-    assert step_of(text).flops == 2 * 4096 * 256 * 128
-    module = parse(text)
-    entry = module.computations["main"]
-    half = Costs(module, lanes=256, rows_used=0.5).of(entry, entry["k"])
-    assert half.flops == 4096 * 256 * 128 and half.unit_flops == 2 * half.flops, "128 columns cost as 256"
-    assert step_of(text.replace('"flops":"268435456"', '"other":"0"')).flops == 0
-
-
 def test_of_a_sliced_operand_the_slice_is_read():
     text = """
 %one_layer (stack: f32[10,1024], i: s32[]) -> f32[1,1024] {
