@@ -87,7 +87,7 @@ def plan(config: RunConfig, target: Target, *, confirm: int = 4, most: int = 10,
                 search.waiting = _hopeful(offloaded, target)
                 if not search.waiting and not confirmed:
                     raise ConfigError(why_none(config, target, found + offloaded))
-                tell("nothing fits on the chips alone: layer inputs, or moments as well, wait in the host's memory")
+                tell(f"nothing fits on the chips alone; {len(search.waiting):,} layouts may with the host's memory")
                 continue
             if not running:
                 break

@@ -105,10 +105,9 @@ def links(chip: Chip, target: Target, coords: Sequence[tuple[int, ...]]) -> floa
 
 def permuted(target: Target, pairs: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[int, frozenset[str]]:
     """(messages on the busiest link, directions of the torus that are used, 'up' and 'down') where each pair's first
-    chip sends one message to its second: dim after dim, the shorter way round. (0, both) where none leaves its chip or
-    there is no torus."""
+    chip sends one message to its second: dim after dim, the shorter way round. 0 where none leaves its chip."""
     load: Counter[tuple[tuple[int, ...], int, str]] = Counter()
-    for begin, end in pairs if target.shape else ():
+    for begin, end in pairs:
         at = list(begin)
         for dim, size in enumerate(target.shape):
             way = end[dim] - at[dim]
@@ -117,7 +116,7 @@ def permuted(target: Target, pairs: Iterable[tuple[tuple[int, ...], tuple[int, .
             for _ in range(abs(int(way))):
                 load[tuple(at), dim, "up" if way > 0 else "down"] += 1
                 at[dim] = (at[dim] + (1 if way > 0 else -1)) % size
-    return max(load.values(), default=0), frozenset(way for _, _, way in load) or BOTH_WAYS
+    return max(load.values(), default=0), frozenset(way for _, _, way in load)
 
 
 def complain_of_attached(name: str, platform: str) -> None:

@@ -117,8 +117,10 @@ class Traffic:
         if chip is None or crossing or not self.target.shape:
             return *self._seconds(wire, crossing[0] if crossing else pairs[0]), BOTH_WAYS
         messages, ways = permuted(self.target, [tuple(layout.coords[device] for device in pair) for pair in pairs])
-        link = chip.ici_bytes_per_second / chip.ici_links / chip.devices_per_chip
-        return wire * (messages or 1 / chip.ici_links) / (link * self.efficiency), 0.0, ways
+        if not messages:  # between the devices of a chip
+            return *self._seconds(wire, pairs[0]), BOTH_WAYS
+        link = chip.ici_bytes_per_second / chip.ici_links  # which all devices of a chip send over
+        return wire * messages / (link * self.efficiency), 0.0, ways
 
 
 def meeting(node: Instruction) -> str:
