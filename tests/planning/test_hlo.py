@@ -246,8 +246,9 @@ ENTRY %main (x: bf16[1024,1024]) -> bf16[1024,1024] {
 
     def seconds(first, second, slice_="v5p:4x4x4"):
         target = find_target(slice_)
-        module = parse(text.replace("UP", first).replace("DOWN", second))
-        layout = Layout({"tensor": 4}, tuple((x, 0, 0) for x in range(4)), (0,) * 4)
+        module, each = parse(text.replace("UP", first).replace("DOWN", second)), target.chip.devices_per_chip
+        coords = tuple((x, 0, 0) for x in range(4) for _ in range(each))
+        layout = Layout({"tensor": len(coords)}, coords, (0,) * len(coords))
         traffic = Traffic(module, layout, target.chip, target)
         return Roofline(module, Costs(module), traffic, Peaks(1e30, 1e30)).step().seconds
 
@@ -256,6 +257,8 @@ ENTRY %main (x: bf16[1024,1024]) -> bf16[1024,1024] {
     assert seconds(up, up) == pytest.approx(2 * message)
     assert seconds("{0,2},{1,3},{2,0},{3,1}", "{0,2},{1,3},{2,0},{3,1}") == pytest.approx(4 * message), "two hops each"
     assert seconds(up, down, "v5p:8x4x2") == pytest.approx(2 * message), "an open line: 3 to 0 goes back over it"
+    both = ",".join(f"{{{2 * x + core},{2 * x + 2 + core}}}" for x in range(3) for core in range(2))
+    assert seconds(both, both, "7x:4x4x4") == pytest.approx(4 * message), "two devices of a chip send over its links"
 
 
 def test_slices_are_joined_by_the_network():
