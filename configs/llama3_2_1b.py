@@ -5,11 +5,14 @@
     maxlm bench configs/llama3_2_1b.py                                   (needs no data)
 
 Hardware: one H100 80GB or H200. The same model in a 130-line JAX program took 57 GB at this batch.
-On a pod the batch grows with the chips and layers are scanned to keep compilation short. On 64 v5e, for instance, where
-the step compiled ahead of time (libtpu 0.0.52) takes 7 of a chip's 17 GB:
-    --set train.global_batch_size=512 --set train.num_steps=11800 --set compute.layer_unroll=1 --set remat.policy=full
+On a pod the batch grows with the chips, and layers are scanned to keep compilation short, --set compute.layer_unroll=1
+(`maxlm compile`: GB a chip, and the MFU that the compiled schedule could reach at the chip's peaks):
+    v5e:8x8, 64 chips           --set train.global_batch_size=512 --set remat.policy=full                 8 of 17, 58%
+    v6e:4x4, 16 chips           --set train.global_batch_size=256 --set remat.policy=full \\
+                                --set train.grad_accumulation=2                                          10 of 34, 38%
+    v5p:2x2x4, 16 chips         --set train.global_batch_size=256 --set remat.policy=names              59 of 103, 67%
 How long: 20,000 steps are 655 million tokens, enough to see that a set-up learns. Twenty tokens a parameter
-(Hoffmann et al. 2022, arXiv:2203.15556) are 24.7 billion: the line above.
+(Hoffmann et al. 2022, arXiv:2203.15556) are 24.7 billion: 11,800 steps of 512 rows.
 Reaches: not measured yet. Meta's own weights were pruned and distilled from larger models on up to 9T tokens, so their
 scores are no aim for this recipe.
 

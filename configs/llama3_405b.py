@@ -7,9 +7,13 @@
 Hardware: float32 parameters and AdamW moments are 4.9 TB, and with full rematerialisation each sequence of 8192 that a
 chip works on keeps 34 GB of layer inputs there.
 For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule could reach at the chip's peaks)
-    v5p:8x8x16, 1,024 chips     --set mesh.fsdp=128 --set mesh.tensor=8 --set train.grad_accumulation=16 \\
-                                --set remat.policy=names                                               49 of 103, 40%
-It does not fit 256 v6e (33 GB each): parameters and moments alone are 19 GB a chip there, layer inputs 34 GB.
+    v5p:8x8x16, 1,024 chips     --set mesh.fsdp=512 --set mesh.tensor=2 --set train.grad_accumulation=2  61 of 103, 70%
+        the same in one piece, without --set train.grad_accumulation=2                                  97 of 103, 72%
+    v6e:16x16, 256 chips        --set mesh.fsdp=64 --set mesh.tensor=4 --set train.grad_accumulation=32 \\
+                                --set remat.policy=full_offload --set compute.offload_optimizer=true     30 of 34, 40%
+    7x:8x8x8, 512 chips         --set mesh.fsdp=512 --set mesh.tensor=2 --set train.grad_accumulation=2 127 of 203, 53%
+On 256 v6e parameters and moments alone are 19 of 33 GB and a sequence's layer inputs 34, or 8.6 with tensor=4: moments
+and layer inputs wait in the hosts' memory there, 21 GB a chip, and no estimate knows the link to it.
 How long: the released weights saw 15.6T tokens, 930,000 steps of 16.8M.
 Reaches: not measured; none of these meshes has been run by us.
 

@@ -8,11 +8,12 @@ Hardware: float32 parameters and AdamW moments are 847 GB, split over `mesh.fsdp
 rematerialisation each sequence of 8192 that a chip works on keeps 10.7 GB of layer inputs there, so how many those
 are at once, batch / (mesh.data * mesh.fsdp * train.grad_accumulation), decides what fits.
 For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule could reach at the chip's peaks)
-    v5p:4x8x8, 256 chips        --set mesh.fsdp=64 --set mesh.tensor=4 --set train.grad_accumulation=4   26 of 103, 54%
-        the same with --set mesh.fsdp=128 --set mesh.tensor=2 --set train.grad_accumulation=8 \\
-                      --set remat.policy=names              67 of 103, 72%, before `tensor` split the residual stream
+    v5p:4x8x8, 256 chips        --set mesh.fsdp=128 --set mesh.tensor=2 --set train.grad_accumulation=8 \\
+                                --set remat.policy=dots                                                 73 of 103, 75%
+        the same with full rematerialisation, --set mesh.fsdp=256                                       67 of 103, 74%
     v6e:16x16, 256 chips        --set mesh.fsdp=256 --set train.grad_accumulation=4                      30 of 34, 51%
-    four v5p slices of 256      --set mesh.data=4 --set mesh.fsdp=64 --set mesh.tensor=4
+    7x:4x4x8, 128 chips         --set mesh.fsdp=128 --set mesh.tensor=2                                140 of 203, 48%
+    four v5p slices of 256      --set mesh.data=4 --set mesh.fsdp=256
     64 H200                     --set mesh.fsdp=64 --set train.grad_accumulation=4
 How long: 168,000 steps of 8.4M tokens are 1.4 trillion tokens, twenty a parameter (arXiv:2203.15556). At the
 960 tokens/s/chip that MaxText publishes for 256 v6e (bfloat16, sequence 8192), that is 66 days there.

@@ -1,11 +1,17 @@
 """The shape of Mixtral 8x7B: 32 layers of width 4096, 8 experts of 14336 of which a token takes 2; 46.7B parameters,
 12.9B of them active.
 
+    maxlm plan configs/mixtral_8x7b.py --topology v5p:4x4x8
     maxlm data prepare TEXT... --out DATA --tokenizer tokenizer.json --seq-len 8192
-    maxlm train configs/mixtral_8x7b.py --run-dir SHARED/mixtral --set data.path=DATA --set mesh.expert=8
+    maxlm train configs/mixtral_8x7b.py --run-dir SHARED/mixtral --set data.path=DATA
 
-Hardware: float32 parameters and AdamW moments are 560 GB: 8 H200 or more, or from 32 v5p on, with `mesh.expert=8` (or
-fewer) and `mesh.fsdp` taking the devices left; `mesh.tensor` splits the experts too, which are wide.
+Hardware: float32 parameters and AdamW moments are 560 GB: 8 H200 or more, or from 32 v5p on. `mesh.fsdp` alone, which
+takes all devices by default, gathers a layer's eight experts and lets no token travel; `mesh.expert` (2, 4, 8) sends
+tokens instead, and needs room for an uneven load (`moe.buffer_factor`).
+For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule could reach at the chip's peaks)
+    v5p:4x4x8, 128 chips        as it is                                                                53 of 103, 67%
+    v6e:16x16, 256 chips        as it is                                                                 28 of 34, 44%
+    7x:4x4x4, 64 chips          --set mesh.fsdp=64 --set mesh.tensor=2                                 116 of 203, 48%
 How long: twenty tokens an active parameter (arXiv:2203.15556) are 258 billion, 31,000 steps.
 Reaches: not measured yet; none of these meshes has been run by us.
 

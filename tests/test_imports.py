@@ -12,7 +12,7 @@ MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # What each part of maxlm may import from the rest of it. A part may always import itself.
 CONFIG = {"schema", "config"}
-ARITHMETIC = CONFIG | {"hardware", "flops"}
+ARITHMETIC = CONFIG | {"hardware", "flops", "topology"}
 KERNELS = ARITHMETIC | {"parallel", "numerics", "kernels"}
 MODEL = KERNELS | {"model"}
 TRAINING = MODEL | {"data", "checkpoint", "resilience", "training"}
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "config": {"schema"},
     "overrides": CONFIG,
     "hardware": set(),
+    "topology": {"schema"},
     "flops": CONFIG,
     "parallel": ARITHMETIC,
     "numerics": ARITHMETIC | {"parallel"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 NOT_IN_PLANNING = "maxlm.training.loop"
-NO_JAX = ("schema", "config", "overrides", "hardware", "flops")
+NO_JAX = ("schema", "config", "overrides", "hardware", "topology", "flops")
 
 
 def imported(source, module):

@@ -41,8 +41,9 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class RematConfig:
-    """What a layer keeps for its backward pass: all of it ('none'), its input alone ('full'), the outputs of its
-    matrix products ('dots'), or attention's and the gated MLP's products ('names').
+    """What a layer keeps for its backward pass: all of it ('none'), its input alone ('full'), beside it the results of
+    attention and of the MLP's first products ('names'), or those and the results of all other matrix products
+    ('dots'), so that only norms, rotations and activations are computed again.
 
     full_offload, names_offload: what these keep waits in the host's memory (docs/PIPELINE.md).
     stage: with mesh.stage, a stage keeps its input alone, and all of its layers while a microbatch goes back through

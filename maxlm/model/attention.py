@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.config import ModelConfig
 from maxlm.kernels.attention import attention
@@ -60,7 +61,7 @@ class SelfAttention(nnx.Module):
         """Rotated queries [B, T, H, K] and keys [B, T, G, K], and values [B, T, G, K]."""
         group, (batch, length) = self.group, x_BTD.shape[:2]
         dims = ("batch", "length", "kv_heads", None, None)
-        qkv_BTGRK = numerics.attention.einsum("BTD,DGRK->BTGRK", x_BTD, self.qkv, dims)
+        qkv_BTGRK = checkpoint_name(numerics.attention.einsum("BTD,DGRK->BTGRK", x_BTD, self.qkv, dims), "product")
         kv_heads, head = qkv_BTGRK.shape[2], qkv_BTGRK.shape[4]
         q_BTGRK, k_BTG1K, v_BTG1K = jnp.split(qkv_BTGRK, [group, group + 1], axis=3)
         q_BTHK = constrain(q_BTGRK.reshape(batch, length, kv_heads * group, head), ("batch", "length", "heads", None))
@@ -70,7 +71,8 @@ class SelfAttention(nnx.Module):
         return rotate(q_BTHK, turn), rotate(k_BTGK, turn), v_BTGK
 
     def merge(self, out_BTHK: jax.Array, numerics: Numerics) -> jax.Array:
-        return numerics.attention.einsum("BTHK,HKD->BTD", out_BTHK, self.out, ("batch", "stream", None))
+        out_BTD = numerics.attention.einsum("BTHK,HKD->BTD", out_BTHK, self.out, ("batch", "stream", None))
+        return checkpoint_name(out_BTD, "product")
 
     def decode(self, x_BTD: jax.Array, turn: Rotation, cache: Cache, start: jax.Array,
                numerics: Numerics) -> tuple[jax.Array, Cache]:

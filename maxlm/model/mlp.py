@@ -38,7 +38,7 @@ class MLP(nnx.Module):
         activate, product = ACTIVATIONS[self.activation], numerics.mlp.einsum
         up_BTF = into(self.up)
         h_BTF = activate(up_BTF) if self.gate is None else gated(activate, into(self.gate), up_BTF)
-        return product("BTF,FD->BTD", h_BTF, self.down, ("batch", "stream", None))
+        return checkpoint_name(product("BTF,FD->BTD", h_BTF, self.down, ("batch", "stream", None)), "product")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -32,14 +32,16 @@ from maxlm.parallel.sharding import BATCH, unstack, use
 
 STAGED = "layers"  # the part of the layers that stages of a pipeline share
 
+# What policies keep beside the layer's input, by the names that the layers give. (JAX's own policies for products see
+# none: ours have gradients of their own.)
+_NAMES = {"names": ("attention", "mlp_up"), "dots": ("attention", "mlp_up", "product")}
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "names": jax.checkpoint_policies.save_only_these_names("attention", "mlp_up"),
+    **{policy: jax.checkpoint_policies.save_only_these_names(*names) for policy, names in _NAMES.items()},
     **{policy: jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input", *names],
         offload_src="device", offload_dst="pinned_host",
-    ) for policy, names in (("full_offload", []), ("names_offload", ["attention", "mlp_up"]))},
+    ) for policy, names in (("full_offload", ()), ("names_offload", _NAMES["names"]))},
 }
 
 # What a tick of the pipeline keeps of its layers, beside what these keep for themselves.
@@ -48,9 +50,8 @@ TICK_POLICIES = {
     **REMAT_POLICIES,
     "none": lambda primitive, *_, **__: primitive.name not in _WEIGHTS,
     "full": jax.checkpoint_policies.save_only_these_names("layer_input"),
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        REMAT_POLICIES["dots"], jax.checkpoint_policies.save_only_these_names("layer_input")),
-    "names": jax.checkpoint_policies.save_only_these_names("layer_input", "attention", "mlp_up"),
+    **{policy: jax.checkpoint_policies.save_only_these_names("layer_input", *names)
+       for policy, names in _NAMES.items()},
     "stage": jax.checkpoint_policies.nothing_saveable,
 }
 

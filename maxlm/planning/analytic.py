@@ -102,10 +102,11 @@ def _again(policy: str, part: Part) -> float:
     """Of a part's forward work, what the backward pass does again."""
     if policy == "none":
         return 0.0
+    policy = policy.removesuffix("_offload")
     if policy == "full":
         return 1.0
     if policy == "dots":
-        return {"gemm": 0.0, "fp8": 0.0}.get(part.kind, 1.0)
+        return 1.0 if part.kind == "memory" or part.name == "router" else 0.0
     return {"attention": 0.0, "mlp": 0.0, "experts": 1 / 3}.get(part.name, 1.0)  # 'names': gate, up and attention
 
 
@@ -141,10 +142,13 @@ def _wire_bytes(config: RunConfig, axes: Mapping[str, int], share: Share, chip: 
     if axes["data"] > 1:  # what each device holds of the gradients, once a microbatch
         held = (whole / ways + experts / share.fsdp)
         moved["data"] = share.microbatches * 2 * HALF * held * part(axes["data"])
-    if share.tensor > 1:  # sums after attention and mlp: forward, gradients, and again
-        again = 1 if config.remat.policy == "full" else 0
-        sums = (2 + 2 + 2 * again) * model.num_layers
-        moved["tensor"] = share.microbatches * sums * 2 * HALF * share.tokens * model.hidden_dim * part(share.tensor)
+    if share.tensor > 1:  # of the stream: gathered into two sublayers, again, and so its gradients; scattered likewise
+        trips = (6 + 4 if config.remat.policy == "none" else 6 + 5) * model.num_layers
+        moved["tensor"] = share.microbatches * trips * HALF * share.tokens * model.hidden_dim * part(share.tensor)
+    if axes["context"] > 1:  # keys and values of whole rows, forward and backward, and their gradients
+        trips = (2 if config.remat.policy == "none" else 3) * model.num_layers
+        keys = 2 * model.num_kv_heads * model.head_dim / share.tensor
+        moved["context"] = share.microbatches * trips * HALF * share.tokens * keys * (axes["context"] - 1)
     if share.expert > 1 and model.num_experts:  # there and back, and the gradients of both
         layers = model.num_layers - model.moe.dense_layers
         trips = 4 + (2 if config.remat.policy == "full" else 0)
@@ -180,6 +184,8 @@ def _memory(config: RunConfig, share: Share, axes: Mapping[str, int]) -> dict[st
     once = max(_layer_numbers(config, sparse, share) for _, sparse, _ in layers_of(model))
     scanned = config.remat.policy == "none" and config.compute.layer_unroll != "all"
     activations = HALF * share.tokens * kept * (SCAN_KEEPS if scanned else 1.0)
+    if config.remat.policy.endswith("_offload"):  # a layer's on its way, and one in work
+        activations *= 2 / model.num_layers
     again = HALF * share.tokens * once if config.remat.policy != "none" else 0.0
     logits = min(FULL * share.tokens * model.vocab_size / share.tensor, LOGITS_BYTES) * LOGITS_COPIES
     table = model.vocab_size * model.hidden_dim / share.tensor
@@ -191,7 +197,10 @@ def _memory(config: RunConfig, share: Share, axes: Mapping[str, int]) -> dict[st
         whole_weights = HALF * parameter_count(model).non_embedding / share.tensor / share.expert
     if config.compute.layer_unroll == "all":  # gradients come when activations go
         gradients = max(0.0, gradients - activations - logits) if share.microbatches == 1 else gradients / 2
-    return {"parameters": FULL * stored, "optimizer": moments * stored, "gradients": gradients,
+    working, moments = activations + max(head, layer) + whole_weights, moments * stored
+    if config.compute.offload_optimizer:  # they come when only parameters and one set of gradients are left
+        moments = max(0.0, moments - working - (gradients - FULL * stored))
+    return {"parameters": FULL * stored, "optimizer": moments, "gradients": gradients,
             "activations": activations, "layer or head in work": max(head, layer), "weights": whole_weights}
 
 
@@ -211,9 +220,9 @@ def _kept_numbers(config: RunConfig, sparse: bool, share: Share) -> float:
     return {
         "full": width,
         "names": width + (heads + into) / tensor,
-        "dots": 3 * width + (heads + keys + into) / tensor,
+        "dots": 2 * width + (2 * heads + keys + into) / tensor,
         "none": 4 * width + (2 * heads + keys + into + units) / tensor - in_8_bits,
-    }[policy]
+    }[policy.removesuffix("_offload")]
 
 
 def _layer_numbers(config: RunConfig, sparse: bool, share: Share) -> float:

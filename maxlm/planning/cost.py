@@ -22,6 +22,8 @@ NO_WORK = frozenset({"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBo
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")
 _RAGGED = re.compile(r'"is_ragged_dot":true,"num_groups_in_ragged_dot":"(\d+)"')
+_STATED = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')  # what a Pallas kernel says of itself
+_PASSING = ("bitcast", "copy")
 _SLICING = ("dynamic-slice", "slice", "gather")
 # Products that splash attention's kernels make of each visible pair of blocks, of T x T x head_dim each: forward scores
 # and output; in its gradients scores again, dp, dq; scores, dp, dv and dk. One kernel makes all five where it can.
@@ -124,7 +126,13 @@ class Costs:
             if len(node.shape.dims) == 3:  # a gradient of the experts' weights: rows are summed over
                 inner = node.shape.dims[1]
             return self._matrix(2.0 * rows * inner * columns * self.rows_used, floats, inner, columns)
-        return Cost()
+        # Grouped products of ours state theirs, for all rows that there is room for; in a gradient of the experts'
+        # weights rows are summed over.
+        if (stated := _STATED.search(node.attributes)) is None:
+            return Cost()
+        operands = [shape for shape in into if len(shape.dims) >= 2]
+        inner = operands[0].dims[-1] if len(node.shape.dims) == 2 else node.shape.dims[-2]
+        return self._matrix(float(stated[1]) * self.rows_used, operands, inner, node.shape.dims[-1])
 
     def _splash(self, node: Instruction, into: list[Shape]) -> Cost:
         """Blocks that a causal mask hides are not computed, those on its edge are, whole."""
@@ -173,16 +181,26 @@ class Costs:
                 total += user.shape.bytes
             elif (user.opcode == "dynamic-update-slice" and user.operands[0] == name) or user.opcode in KINDS:
                 continue  # written in place; or a collective's, which runs beside it
-            elif user.opcode == "bitcast":
+            elif user.opcode in _PASSING and user is not computation.root:
                 total += self.bytes_read(computation, user.name)
             elif user.opcode == "fusion":
                 inner = self.module.computations[user.called[0]]
                 for place, operand in enumerate(user.operands):
                     if operand == name:
-                        total += self.bytes_read(inner, inner.parameter(place).name)
+                        within = inner.parameter(place).name
+                        total += self.bytes_read(computation, user.name) if self._passes(inner, within) and (
+                            user is not computation.root) else self.bytes_read(inner, within)
             elif user.opcode not in ("tuple", "get-tuple-element"):
                 return whole
         return min(total, whole)
+
+    def _passes(self, computation: Computation, name: str) -> bool:
+        """Whether a fused computation hands on its parameter `name` and does nothing else: a change of layout, which
+        whoever slices its result makes of the slice alone."""
+        node = computation.root
+        while node.opcode in _PASSING:
+            node = computation[node.operands[0]]
+        return node.name == name
 
     def _written(self, computation: Computation, root: Instruction, shapes: tuple[Shape, ...]) -> float:
         if root.opcode == "tuple":

@@ -65,15 +65,13 @@ class _Search:
 def plan(config: RunConfig, target: Target, *, confirm: int = 4, most: int = 10, seconds: float = 240.0,
          jobs: int | None = None, tell: Callable[[str], None] = lambda line: None) -> list[Confirmed]:
     """Compiles candidates, best first and `jobs` at a time, until `confirm` of them fit, `most` were tried or `seconds`
-    have passed; fitting ones first, fastest first. Raises ConfigError where none can fit, saying what would."""
+    have passed; fitting ones first, fastest first. Layouts that use the host's memory are asked where no other can fit.
+    Raises ConfigError where none can, saying what would."""
     require(not target.attached, f"--topology={target.name}: plan is for TPU slices; judge meshes of attached devices "
                                  "with maxlm compile or bench")
-    found = candidates(config, target)
-    hopeful = [c for c in found if c.expected.memory_bytes <= HOPEFUL * target.usable_bytes]
-    if not hopeful:
-        raise ConfigError(why_none(config, target, found))
-    tell(f"{len(found):,} layouts, {len(hopeful):,} may fit; compiling the best")
-    search, confirmed, clock = _Search(target, list(hopeful)), [], time.monotonic()
+    found, asked_host = candidates(config, target), False
+    search, confirmed, clock = _Search(target, _hopeful(found, target)), [], time.monotonic()
+    tell(f"{len(found):,} layouts, {len(search.waiting):,} may fit on the chips alone")
     workers = jobs or max(1, min(4, os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
         running: dict[Future, Candidate] = {}
@@ -84,6 +82,13 @@ def plan(config: RunConfig, target: Target, *, confirm: int = 4, most: int = 10,
             if candidate is not None:
                 running[pool.submit(_compile, candidate, target)] = candidate
                 continue
+            if not (enough or late or running or asked_host or any(c.fits for c in confirmed)):
+                asked_host, offloaded = True, candidates(config, target, offload=True)
+                search.waiting = _hopeful(offloaded, target)
+                if not search.waiting and not confirmed:
+                    raise ConfigError(why_none(config, target, found + offloaded))
+                tell(f"nothing fits on the chips alone; {len(search.waiting):,} layouts may with the host's memory")
+                continue
             if not running:
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -93,6 +98,10 @@ def plan(config: RunConfig, target: Target, *, confirm: int = 4, most: int = 10,
                 search.learn(confirmed[-1])
                 tell(_told(confirmed[-1], config))
     return sorted(confirmed, key=lambda c: (not c.fits, c.record["step_seconds_estimate"] if c.fits else math.inf))
+
+
+def _hopeful(found: list[Candidate], target: Target) -> list[Candidate]:
+    return [c for c in found if c.expected.memory_bytes <= HOPEFUL * target.usable_bytes]
 
 
 def _compile(candidate: Candidate, target: Target) -> Confirmed:

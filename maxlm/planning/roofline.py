@@ -173,13 +173,12 @@ class _Player:
             cost = Cost(bytes=self._copied(node))
             seconds = cost.bytes / self.roofline.rates.bytes_per_second
             self.line.memory_seconds += seconds
-            network, axis = "copies", ""
+            networks, axis = ["copies"], ""
         else:
             seconds, axis = collective.seconds, collective.axis
-            network = axis
+            networks = _networks(collective)
             self.line.collectives.append((collective, 1))
-        self.busy[network] = max(self.busy[network], self.now) + seconds
-        ending = (self.busy[network], axis)
+        ending = (self._occupy(networks, seconds), axis)
         self.ending[node.name] = ending
         if collective is not None:
             self.ending[f"channel {collective.channel}"] = ending
@@ -194,9 +193,12 @@ class _Player:
         if node.opcode != "async-start":
             return 0.0
         inner = self.roofline.module.computations[node.called[0]]
+        written = sum(s.bytes for s in inner.root.shapes if not s.space)
+        if node.source.endswith("/gather"):  # a SparseCore's, in which it cannot be seen that it reads these rows alone
+            return 2 * written
         read = sum(self.roofline.costs.bytes_read(inner, i.name) for i in inner
                    if i.opcode == "parameter" and not i.shape.space)
-        return read + sum(s.bytes for s in inner.root.shapes if not s.space)
+        return read + written
 
     def _wait(self, node: Instruction, collective: Collective | None) -> None:
         names = [f"channel {collective.channel}"] if collective is not None else list(node.operands[:1])
@@ -210,11 +212,16 @@ class _Player:
                 self.now = ends
 
     def _hold(self, collective: Collective) -> None:
-        begin = max(self.now, self.busy[collective.axis])
-        end = begin + collective.seconds
+        end = self._occupy(_networks(collective), collective.seconds)
         self.line.exposed[collective.axis] += end - self.now
         self.line.collectives.append((collective, 1))
-        self.busy[collective.axis] = self.now = end
+        self.now = end
+
+    def _occupy(self, networks: list[str], seconds: float) -> float:
+        """When what takes `seconds` of all these networks, and waits for them first, is done."""
+        end = max(self.now, *(self.busy[network] for network in networks)) + seconds
+        self.busy.update(dict.fromkeys(networks, end))
+        return end
 
     def _work(self, node: Instruction) -> None:
         cost, rates = self.roofline.costs.of(self.computation, node), self.roofline.rates
@@ -223,3 +230,8 @@ class _Player:
         self.line.compute_seconds += compute
         self.line.memory_seconds += memory
         self.now += max(compute, memory)
+
+
+def _networks(collective: Collective) -> list[str]:
+    """What it has to itself: the links of its axis, in one direction or both."""
+    return [f"{collective.axis} {way}" for way in collective.ways]

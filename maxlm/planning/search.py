@@ -1,6 +1,8 @@
 """Every way to lay a run out on a slice that could be sensible, judged by the analytic model.
 
-What is trained stays as it is: meshes, microbatches and rematerialisation change, never the global batch.
+What is trained stays as it is: meshes, microbatches, rematerialisation and what waits on the host change, never the
+global batch. `mesh.stage` stays what the config says: within a slice, whose links reach all chips alike, a pipeline has
+nothing to offer that `fsdp` has not, but bubbles.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ from maxlm.planning.topology import Target, find_target
 from maxlm.planning.torus import axis_links
 from maxlm.schema import ConfigError
 
-POLICIES = ("none", "names", "full")  # 'dots' compiles to what 'full' does for TPUs (docs/LOG.md, 2026-11-25)
+POLICIES = ("none", "dots", "names", "full")
+# The last resort, for the time on the host's link is in no estimate: layer inputs on the host, and the moments too.
+OFFLOADED = (("full_offload", False), ("full_offload", True))
 MOST_TENSOR = 32
+CONTEXTS = (1, 2, 4, 8, 16)  # above 1 only where a device works on one row at a time: a second is better than a part
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # sequences of a device at once
 SHAPES_2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
@@ -28,7 +33,7 @@ SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8
 class Candidate:
     """A layout: sizes of the mesh, microbatches and remat policy, as keys of the config, and what is expected of it."""
 
-    values: tuple[tuple[str, int | str], ...]
+    values: tuple[tuple[str, int | str | bool], ...]
     config: RunConfig
     rows: int
     expected: Estimate
@@ -36,53 +41,58 @@ class Candidate:
     @property
     def mesh(self) -> tuple[int, ...]:
         mesh = self.config.mesh
-        return (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)
+        return (mesh.data, mesh.fsdp, mesh.expert, mesh.context, mesh.tensor)
 
     def overrides(self, given: RunConfig) -> str:
         """The --set options that turn the given config into this one."""
-        changed = [f"--set {key}={value}" for key, value in self.values if _at(given, key) != value]
+        written = lambda value: str(value).lower() if isinstance(value, bool) else value  # noqa: E731
+        changed = [f"--set {key}={written(value)}" for key, value in self.values if _at(given, key) != value]
         return " ".join(changed) or "(the config as it is)"
 
 
-def candidates(config: RunConfig, target: Target) -> list[Candidate]:
-    """All that divide as they must, fastest first, whether or not they fit."""
+def candidates(config: RunConfig, target: Target, *, offload: bool = False) -> list[Candidate]:
+    """All that divide as they must, fastest first, whether or not they fit. offload: those that use the host's memory,
+    in place of those that do not."""
+    kept = OFFLOADED if offload else tuple((policy, config.compute.offload_optimizer) for policy in POLICIES)
     found = []
     for axes in _meshes(config, target):
-        ways = axes["data"] * axes["fsdp"] * axes["expert"]
-        for rows in ROWS:
+        ways = axes["data"] * axes["stage"] * axes["fsdp"] * axes["expert"]
+        for rows in ROWS[:1] if axes["context"] > 1 else ROWS:
             accumulation, left = divmod(config.train.global_batch_size, ways * rows)
             if left or not accumulation:
                 continue
-            for policy in POLICIES:
-                found.append(_candidate(config, target, axes, rows, accumulation, policy))
+            found += [_candidate(config, target, axes, rows, accumulation, *how) for how in kept]
     return sorted((c for c in found if c is not None), key=lambda c: c.expected.seconds)
 
 
 def _meshes(config: RunConfig, target: Target) -> Iterator[dict[str, int]]:
-    model, devices = config.model, target.num_devices
-    fixed = config.mesh.stage * config.mesh.context
-    for tensor in _divisors(math.gcd(devices, model.num_kv_heads)):
+    model, stage = config.model, config.mesh.stage
+    for tensor in _divisors(math.gcd(target.num_devices, model.num_kv_heads)):
         if tensor > MOST_TENSOR:
             continue
-        for expert in _divisors(math.gcd(devices // tensor, model.num_experts)) if model.num_experts else [1]:
-            for data in _divisors(devices // tensor // expert):
-                if data % target.slices or devices % (tensor * expert * data * fixed):
-                    continue
-                fsdp = devices // (tensor * expert * data * fixed)
-                yield {"data": data, "stage": config.mesh.stage, "fsdp": fsdp, "expert": expert,
-                       "context": config.mesh.context, "tensor": tensor}
+        for context in sorted({*CONTEXTS, config.mesh.context}):
+            left, no = divmod(target.num_devices, tensor * context * stage)
+            if no:
+                continue
+            for expert in _divisors(math.gcd(left, model.num_experts)) if model.num_experts else [1]:
+                for data in _divisors(left // expert):
+                    if data % target.slices == 0:
+                        yield {"data": data, "stage": stage, "fsdp": left // expert // data, "expert": expert,
+                               "context": context, "tensor": tensor}
 
 
 def _candidate(config: RunConfig, target: Target, axes: dict[str, int], rows: int, accumulation: int,
-               policy: str) -> Candidate | None:
+               policy: str, offload_optimizer: bool) -> Candidate | None:
     train = replace(config.train, grad_accumulation=accumulation)
     try:
         check_divisible(SimpleNamespace(shape=axes), replace(config, train=train))
     except ConfigError:
         return None
-    laid_out = replace(config, mesh=MeshConfig(**axes), train=train, remat=replace(config.remat, policy=policy))
-    values = {f"mesh.{axis}": axes[axis] for axis in ("data", "fsdp", "expert", "tensor")}
-    values |= {"train.grad_accumulation": accumulation, "remat.policy": policy}
+    laid_out = replace(config, mesh=MeshConfig(**axes), train=train, remat=replace(config.remat, policy=policy),
+                       compute=replace(config.compute, offload_optimizer=offload_optimizer))
+    values = {f"mesh.{axis}": axes[axis] for axis in ("data", "fsdp", "expert", "context", "tensor")}
+    values |= {"train.grad_accumulation": accumulation, "remat.policy": policy,
+               "compute.offload_optimizer": offload_optimizer}
     inside = axes | {"data": axes["data"] // target.slices}
     expected = estimate(laid_out, target.chip, axes, axis_links(target, inside), dcn_slices=target.slices)
     return Candidate(tuple(values.items()), laid_out, rows, expected)
@@ -110,7 +120,8 @@ def _first_that_holds(config: RunConfig, target: Target) -> str | None:
     for shape in SHAPES_2D if len(target.shape) == 2 else SHAPES_3D:
         larger = find_target(f"{kind}:{shape}", target.slices)
         if larger.num_chips > target.num_chips and any(
-                c.expected.memory_bytes <= larger.usable_bytes for c in candidates(config, larger)):
+                c.expected.memory_bytes <= larger.usable_bytes
+                for offload in (False, True) for c in candidates(config, larger, offload=offload)):
             return larger.name
     return None
 

@@ -1,31 +1,31 @@
 """What a step is compiled for: a slice of TPUs by name, several of them, or the devices that are attached.
 
-Names are those of libtpu's topologies, 'v5p:4x4x8': chips along each dim of the slice's torus. 'local' is what is
-attached to this machine, 'gpu' the same where that must be GPUs.
+Slices are named as everywhere (maxlm/topology.py), 'v5p:4x4x8', in any order of sizes that libtpu has. 'local' is what
+is attached to this machine, 'gpu' the same where that must be GPUs.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from maxlm.hardware import CHIPS, GIB, Chip
 from maxlm.schema import ConfigError, require
+from maxlm.topology import TPUS, parse_name
 
-# Our names -> (libtpu's name, the chip, dims of its torus, HBM that a program can have in bytes a chip). The last is
-# what the compiler states when it refuses a program (libtpu 0.0.52, "exceeds available HBM (95.73G)"); of TPU7x twice
-# a device's.
-_TPUS = {
-    "v4": ("v4", "TPU v4", 3, 30.75 * GIB),
-    "v5e": ("v5e", "TPU v5e", 2, 15.75 * GIB),
-    "v5p": ("v5p", "TPU v5p", 3, 95.73 * GIB),
-    "v6e": ("v6e", "TPU v6e", 2, 31.24 * GIB),
-    "7x": ("tpu7x", "TPU7x", 3, 2 * 94.74 * GIB),
+# Kind -> (libtpu's name, HBM that a program can have in bytes a chip). The latter is what the compiler states when it
+# refuses a program (libtpu 0.0.52, "exceeds available HBM (95.73G)"); of TPU7x twice a device's.
+_LIBTPU = {
+    "v4": ("v4", 30.75 * GIB),
+    "v5e": ("v5e", 15.75 * GIB),
+    "v5p": ("v5p", 95.73 * GIB),
+    "v6e": ("v6e", 31.24 * GIB),
+    "7x": ("tpu7x", 2 * 94.74 * GIB),
 }
-_ALIASES = {"tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e"}
 ATTACHED = ("local", "gpu")
+BOTH_WAYS = frozenset(("up", "down"))
 GPU_RESERVE = 1.5 * GIB  # CUDA context, NCCL and cuBLAS work space: what XLA's allocator cannot have
 
 
@@ -68,24 +68,17 @@ def find_target(name: str, slices: int = 1) -> Target:
     if name in ATTACHED:
         require(slices == 1, f"--slices={slices} is for TPU slices, and --topology={name} is what is attached here")
         return Target(name)
-    kind, _, sizes = name.lower().partition(":")
-    kind = _ALIASES.get(kind, kind)
-    known = ", ".join(sorted(_TPUS))
-    require(kind in _TPUS, f"--topology={name}: no such chip; use {known} with its shape, as v5p:4x4x8, or local")
-    libtpu_name, chip_name, dims, usable = _TPUS[kind]
-    require(
-        re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) is not None and sizes.count("x") == dims - 1,
-        f"--topology={name}: the shape of {kind} has {dims} numbers, as {kind}:{'x'.join(['4'] * dims)}",
-    )
-    shape = tuple(int(size) for size in sizes.split("x"))
-    chip = next(chip for chip in CHIPS if chip.name == chip_name)
+    kind, shape = parse_name(name, bare=ATTACHED)
+    libtpu_name, usable = _LIBTPU[kind]
+    sizes = "x".join(map(str, shape))
+    chip = next(chip for chip in CHIPS if chip.name == TPUS[kind].chip)
     return Target(f"{kind}:{sizes}", shape, slices, chip, f"{libtpu_name}:{sizes}", usable)
 
 
 def usable_bytes(chip: Chip) -> float:
     """Bytes of a chip's memory that a program can have."""
-    for _, name, _, usable in _TPUS.values():
-        if name == chip.name:
+    for kind, (_, usable) in _LIBTPU.items():
+        if TPUS[kind].chip == chip.name:
             return usable
     return chip.hbm_bytes - GPU_RESERVE
 
@@ -108,6 +101,22 @@ def links(chip: Chip, target: Target, coords: Sequence[tuple[int, ...]]) -> floa
         full = len(places) == size
         found += 2.0 if full and target.wraps[dim] and size > 2 else 1.0 / stride
     return found or float(chip.ici_links)
+
+
+def permuted(target: Target, pairs: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[int, frozenset[str]]:
+    """(messages on the busiest link, directions of the torus that are used, 'up' and 'down') where each pair's first
+    chip sends one message to its second: dim after dim, the shorter way round. 0 where none leaves its chip."""
+    load: Counter[tuple[tuple[int, ...], int, str]] = Counter()
+    for begin, end in pairs:
+        at = list(begin)
+        for dim, size in enumerate(target.shape):
+            way = end[dim] - at[dim]
+            if target.wraps[dim] and 2 * abs(way) > size:
+                way -= math.copysign(size, way)
+            for _ in range(abs(int(way))):
+                load[tuple(at), dim, "up" if way > 0 else "down"] += 1
+                at[dim] = (at[dim] + (1 if way > 0 else -1)) % size
+    return max(load.values(), default=0), frozenset(way for _, _, way in load)
 
 
 def complain_of_attached(name: str, platform: str) -> None:

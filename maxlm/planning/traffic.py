@@ -12,7 +12,7 @@ from maxlm.hardware import Chip
 from maxlm.parallel.device_groups import axes_crossed, device_groups
 from maxlm.planning.cost import KINDS
 from maxlm.planning.hlo import Computation, Instruction, Module
-from maxlm.planning.topology import Target, links
+from maxlm.planning.topology import BOTH_WAYS, Target, links, permuted
 
 _PASSED = ("bitcast", "copy", "copy-start", "copy-done", "reshape")
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
@@ -33,6 +33,7 @@ class Layout:
 class Collective:
     """One collective of a program. `wire_bytes`: what one device sends, were it done in a ring; `ici_seconds` and
     `dcn_seconds`: at the bandwidth of the links that its group has. `channel` pairs what starts it with what ends it.
+    `ways`: the directions of the torus that it keeps busy; only permutes may leave one free.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Collective:
     padded: bool
     channel: str
     source: str
+    ways: frozenset[str] = BOTH_WAYS
 
     @property
     def seconds(self) -> float:
@@ -69,15 +71,16 @@ class Traffic:
         over = self._axes(grouping)
         if kind not in KINDS or not over:
             return None
-        group = device_groups(grouping, len(self.layout.coords))[0]
+        groups = device_groups(grouping, len(self.layout.coords))
         received = _payload(computation, node, kind)
         scattered = kind == "all-reduce" and _is_scatter(computation)
-        wire = _wire_bytes("reduce-scatter" if scattered else kind, received, len(group))
-        ici, dcn = self._seconds(wire, group)
+        wire = _wire_bytes("reduce-scatter" if scattered else kind, received, len(groups[0]))
+        ici, dcn, ways = self._permute(wire, groups) if kind == "collective-permute" else (
+            *self._seconds(wire, groups[0]), BOTH_WAYS)
         return Collective("reduce-scatter" if scattered else kind, over, wire, ici, dcn,
                           asynchronous or node.opcode.endswith("-start"),
                           kind == "all-reduce" and not scattered and _pads(self.module, computation, node.operands),
-                          node.attribute("channel_id") or node.name, node.source)
+                          node.attribute("channel_id") or node.name, node.source, ways)
 
     def between_slices(self, computation: Computation, node: Instruction) -> Collective | None:
         """The collective over the network that a `send` begins: libtpu leaves it to the hosts."""
@@ -105,6 +108,19 @@ class Traffic:
         used = links(chip, self.target, [self.layout.coords[device] for device in inside])
         bandwidth = chip.ici_bytes_per_second / chip.ici_links * min(used, chip.ici_links) / chip.devices_per_chip
         return wire / (bandwidth * self.efficiency), dcn
+
+
+    def _permute(self, wire: float, pairs: tuple[tuple[int, ...], ...]) -> tuple[float, float, frozenset[str]]:
+        """`_seconds` of a permutation, by the busiest link, and the directions that it uses."""
+        chip, layout = self.chip, self.layout
+        crossing = [pair for pair in pairs if len({layout.slices[device] for device in pair}) > 1]
+        if chip is None or crossing or not self.target.shape:
+            return *self._seconds(wire, crossing[0] if crossing else pairs[0]), BOTH_WAYS
+        messages, ways = permuted(self.target, [tuple(layout.coords[device] for device in pair) for pair in pairs])
+        if not messages:  # between the devices of a chip
+            return *self._seconds(wire, pairs[0]), BOTH_WAYS
+        link = chip.ici_bytes_per_second / chip.ici_links  # which all devices of a chip send over
+        return wire * messages / (link * self.efficiency), 0.0, ways
 
 
 def meeting(node: Instruction) -> str:

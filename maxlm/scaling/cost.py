@@ -99,10 +99,10 @@ def _layer_values(config: RunConfig, reference_attention: bool) -> float:
     kept = {
         "full": width,
         "names": width + heads + into,
-        "dots": width + (heads + keys) + width + into + width,
+        "dots": 2 * width + (2 * heads + keys) + into,
         "none": 4 * width + (heads + keys) + (heads + keys / 2) + heads + into + mlp_dim,
     }[config.remat.policy]
-    keeps_scores = reference_attention and config.remat.policy in ("none", "dots")
+    keeps_scores = reference_attention and config.remat.policy == "none"
     return kept + (2 * model.num_heads * train.seq_len if keeps_scores else 0)
 
 

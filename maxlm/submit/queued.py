@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from maxlm.schema import require
 from maxlm.submit.job import Job, check_kept
 from maxlm.submit.shell import CONFIG_VARIABLE, supervised, train
-from maxlm.submit.topology import TPUS, Topology
+from maxlm.submit.topology import CLOUD_TPUS, Topology
 
 PLATFORMS = ("tpu",)
 
@@ -58,7 +58,7 @@ def create(job: Job, cluster: Cluster, startup: str) -> list[str]:
                                                                f"--node-prefix={job.name}"]
     return ["gcloud", "compute", "tpus", "queued-resources", "create", job.name, *_where(cluster),
             f"--accelerator-type={job.topology.accelerator_type}",
-            f"--runtime-version={TPUS[job.topology.kind].runtime_version}", *nodes,
+            f"--runtime-version={CLOUD_TPUS[job.topology.kind].runtime_version}", *nodes,
             *(["--spot"] if cluster.spot else []), f"--metadata-from-file=startup-script={startup}", "--async",
             *cluster.more]
 

@@ -13,7 +13,7 @@ from typing import Any
 from maxlm.schema import require
 from maxlm.submit.job import Job, check_kept
 from maxlm.submit.shell import CONFIG_VARIABLE, supervised, train
-from maxlm.submit.topology import GPUS, TPUS
+from maxlm.submit.topology import CLOUD_TPUS, GPUS
 
 PLATFORMS = ("tpu", "gpu")
 COORDINATOR_PORT = 1234
@@ -51,8 +51,8 @@ def task(job: Job, cluster: Cluster) -> dict[str, Any]:
     place, tpu = job.topology, job.topology.platform == "tpu"
     require(job.slices == 1, f"--slices {job.slices}: SkyPilot has no multislice: use submit_gke.py or "
                              "submit_tpu_queued.py")
-    require(place.kind != "tpu7x", f"--topology {place}: SkyPilot has no tpu7x: use submit_gke.py or "
-                                   "submit_tpu_queued.py")
+    require(place.kind != "7x", f"--topology {place}: SkyPilot has no TPU7x: use submit_gke.py or "
+                                "submit_tpu_queued.py")
     check_kept(job.run_dir, (path for path, _ in cluster.buckets), "mount a bucket that holds it: --bucket /PATH=URL")
     resources: dict[str, Any] = {
         "accelerators": f"tpu-{place.accelerator_type}" if tpu
@@ -61,7 +61,7 @@ def task(job: Job, cluster: Cluster) -> dict[str, Any]:
         "job_recovery": {"max_restarts_on_errors": 0},  # the script knows the exit codes
     }
     if tpu:
-        resources["accelerator_args"] = {"runtime_version": TPUS[place.kind].runtime_version}
+        resources["accelerator_args"] = {"runtime_version": CLOUD_TPUS[place.kind].runtime_version}
     if cluster.infra:
         resources["infra"] = cluster.infra
     if cluster.image:

@@ -65,12 +65,42 @@ def test_the_search_keeps_what_is_trained():
     found = search.candidates(config, target)
     assert found == sorted(found, key=lambda c: c.expected.seconds)
     for candidate in found:
-        data, fsdp, expert, tensor = candidate.mesh
-        assert data * fsdp * expert * tensor == 16
+        data, fsdp, expert, context, tensor = candidate.mesh
+        assert data * fsdp * expert * context * tensor == 16
+        assert context == 1 or candidate.rows == 1, "rows are split where a device has no second"
         train = candidate.config.train
         assert train.global_batch_size == config.train.global_batch_size
         assert train.global_batch_size == candidate.rows * data * fsdp * train.grad_accumulation
     assert len({candidate.values for candidate in found}) == len(found)
+
+
+def test_context_is_planned_where_rows_are_fewer_than_devices():
+    config, target = recipe("llama3_8b"), find_target("v5p:4x4x4")
+    few = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=16, seq_len=65_536))
+    best = search.candidates(few, target)[0]
+    data, fsdp, _, context, tensor = best.mesh
+    assert data * fsdp <= 16 and context > 1, best.overrides(few)
+    keys = 2 * 8 * 128 / tensor * 65_536 / context * 16 / (data * fsdp) * 2  # bytes that a device has of a layer's
+    trips = 2 if best.config.remat.policy == "none" else 3
+    assert best.expected.wire_bytes["context"] == pytest.approx(32 * trips * keys * (context - 1))
+
+
+def test_the_host_is_asked_where_nothing_else_fits(monkeypatch):
+    """llama3_405b on 256 v6e: 33 GB a chip, of which parameters and moments alone take 19."""
+    config, target, told = recipe("llama3_405b"), find_target("v6e:16x16"), []
+
+    def compiled(config, target):
+        fits = config.remat.policy == "full_offload"
+        return {"fits": fits, "bytes_per_chip": 3e10 if fits else 4.2e10, "hbm_bytes": target.usable_bytes,
+                "step_seconds_estimate": 1.0, "tokens_per_second_per_chip_estimate": 1.0, "mfu_estimate": 0.4,
+                "dominating_term": "", "compile_seconds": 1.0, "cached": False}
+
+    monkeypatch.setattr("maxlm.planning.plan.compile_report", compiled)
+    found = plan(config, target, confirm=1, jobs=1, tell=told.append)
+    assert any("the host's memory" in line for line in told)
+    given = found[0].candidate.overrides(config)
+    assert "--set remat.policy=full_offload --set compute.offload_optimizer=true" in given
+    assert found[0].fits and not any(c.fits for c in found[1:])
 
 
 def test_slices_are_split_by_data_alone():
@@ -80,8 +110,8 @@ def test_slices_are_split_by_data_alone():
 
 
 @pytest.mark.parametrize(("changes", "topology", "told"), [
-    ({}, "v5e:2x2", r"needs at least about .* GB a chip .* v5e:2x2 has 17: take v5e:4x\d or more chips"),
-    ({"global_batch_size": 7}, "v5e:4x4", "train.global_batch_size=7 must be a multiple of"),
+    ({}, "v5e:2x2", r"needs at least about .* GB a chip .* v5e:2x2 has 17: take v5e:2x4 or more chips"),
+    ({"global_batch_size": 7}, "v5e:16x16", "train.global_batch_size=7 must be a multiple of"),
 ])
 def test_what_cannot_be_is_refused_with_what_could(changes, topology, told):
     config = recipe("llama3_8b")

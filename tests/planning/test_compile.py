@@ -39,9 +39,9 @@ def recipe(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "slices", "told"), [
-    ("v5q:2x2", 1, "no such chip; use 7x, v4, v5e, v5p, v6e"),
-    ("v5p:2x2", 1, "the shape of v5p has 3 numbers"),
-    ("v5e:0x4", 1, "the shape of v5e has 2 numbers"),
+    ("v5q:2x2", 1, "did you mean 'v5p'; known: v4, v5e, v5p, v6e, 7x, local, gpu"),
+    ("v5p:2x2", 1, "a slice of v5p has 3 sizes, such as v5p:4x4x8"),
+    ("v5e:0x4", 1, "must be like v5e:16x16"),
     ("v5e:2x2", 0, "--slices=0 must be 1 or more"),
     ("local", 2, "--slices=2 is for TPU slices"),
 ])

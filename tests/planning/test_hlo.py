@@ -232,6 +232,35 @@ def test_links_of_a_group():
     assert links(find_target("v5p:2x2x1").chip, find_target("v5p:2x2x1"), [(0, 0, 0), (1, 0, 0)]) == 1
 
 
+def test_permutes_round_a_ring_take_one_hop_and_leave_the_other_direction_free():
+    up, down = "{0,1},{1,2},{2,3},{3,0}", "{0,3},{1,0},{2,1},{3,2}"
+    text = """
+ENTRY %main (x: bf16[1024,1024]) -> bf16[1024,1024] {
+  %x = bf16[1024,1024]{1,0} parameter(0)
+  %s = (bf16[1024,1024], bf16[1024,1024]) collective-permute-start(%x), channel_id=1, source_target_pairs={UP}
+  %t = (bf16[1024,1024], bf16[1024,1024]) collective-permute-start(%x), channel_id=2, source_target_pairs={DOWN}
+  %d = bf16[1024,1024]{1,0} collective-permute-done(%s)
+  ROOT %e = bf16[1024,1024]{1,0} collective-permute-done(%t)
+}
+"""
+
+    def seconds(first, second, slice_="v5p:4x4x4"):
+        target = find_target(slice_)
+        module, each = parse(text.replace("UP", first).replace("DOWN", second)), target.chip.devices_per_chip
+        coords = tuple((x, 0, 0) for x in range(4) for _ in range(each))
+        layout = Layout({"tensor": len(coords)}, coords, (0,) * len(coords))
+        traffic = Traffic(module, layout, target.chip, target)
+        return Roofline(module, Costs(module), traffic, Peaks(1e30, 1e30)).step().seconds
+
+    message = MATRIX / 100e9
+    assert seconds(up, down) == pytest.approx(message)
+    assert seconds(up, up) == pytest.approx(2 * message)
+    assert seconds("{0,2},{1,3},{2,0},{3,1}", "{0,2},{1,3},{2,0},{3,1}") == pytest.approx(4 * message), "two hops each"
+    assert seconds(up, down, "v5p:8x4x2") == pytest.approx(2 * message), "an open line: 3 to 0 goes back over it"
+    both = ",".join(f"{{{2 * x + core},{2 * x + 2 + core}}}" for x in range(3) for core in range(2))
+    assert seconds(both, both, "7x:4x4x4") == pytest.approx(4 * message), "two devices of a chip send over its links"
+
+
 def test_slices_are_joined_by_the_network():
     text = """
 ENTRY %main (w: f32[1024]) -> f32[1024] {

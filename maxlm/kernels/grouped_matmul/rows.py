@@ -66,11 +66,11 @@ def spread_turned(x8_ND: jax.Array, plan: Plan) -> jax.Array:
 
 
 def gather_rows(x_ND: jax.Array, row_R: jax.Array, held_R: jax.Array, *, word: int) -> jax.Array:
-    """x[row], 0 where not `held`, moved as integers of `word` bytes, or of x's where these do not fit."""
+    """x[row], 0 where not `held`, moved as integers of `word` bytes where x's numbers are narrower and these fit."""
     (N, D), size = x_ND.shape, x_ND.dtype.itemsize
-    width = word if size < word and D * size % word == 0 else size
-    together = (width // size,) if width > size else ()
-    word_NW = jax.lax.bitcast_convert_type(x_ND.reshape(N, D * size // width, *together), f"uint{8 * width}")
+    if size >= word or D * size % word:
+        return jnp.where(held_R[:, None], x_ND[row_R], jnp.zeros((), x_ND.dtype))
+    word_NW = jax.lax.bitcast_convert_type(x_ND.reshape(N, D * size // word, word // size), f"uint{8 * word}")
     word_RW = jnp.where(held_R[:, None], word_NW[row_R], jnp.zeros((), word_NW.dtype))
     return jax.lax.bitcast_convert_type(word_RW, x_ND.dtype).reshape(-1, D)
 

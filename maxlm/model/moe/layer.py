@@ -125,7 +125,7 @@ def _local(x_BTD, router_BTD, segment_ids_BT, weights, *, config, numerics, kern
     if sharded:
         out_BTD = scattered_tokens(out_BTD)
         lost = jax.lax.pmean(lost, "tensor")
-    return out_BTD, measure_load(choice, logits_NE, real_N, lost, T, config, sharded)
+    return checkpoint_name(out_BTD, "product"), measure_load(choice, logits_NE, real_N, lost, T, config, sharded)
 
 
 def _varying(weights: dict[str, jax.Array], layouts: dict[str, P], stored: tuple[str, ...],
