@@ -1,9 +1,10 @@
 """configs/moe_tiny.py beside the dense model with the same active parameters: held-out loss, and how even the load is.
 
-    python benchmarks/moe_vs_dense.py --out OUT [--learning-rates 1e-3 2e-3] [--seeds 0]
+    python benchmarks/moe_vs_dense.py --out OUT [--learning-rates 1e-2 1.5e-2 2e-2] [--seeds 0 1]
 
-Both train on the same batches with the same settings; the dense twin's MLP is as wide as the experts of a token. Writes
-OUT/record.json and OUT/moe_vs_dense.png; runs stay in OUT, and one that is there is not made again.
+Both train on the same batches with the same settings; the dense twin's MLP is as wide as the experts of a token. Each
+is run at every learning rate with the first seed, then at its best one with the others. Writes OUT/record.json and
+OUT/moe_vs_dense.png; runs stay in OUT, and one that is there is not made again.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ def dense_twin(config: RunConfig) -> RunConfig:
 def run(kind: str, rate: float, seed: int, out: Path) -> list[dict]:
     """The rows of a run, made now unless it is there."""
     folder, changes = out / f"{kind}_{rate:g}_{seed}", [f"optimizer.learning_rate={rate}", f"train.seed={seed}",
-                                                        "eval.every_steps=50", "logging.every_steps=5"]
+                                                        "eval.every_steps=50"]
     if kind == "dense":
         twin = dense_twin(load_config(str(CONFIG))).model
         changes += [f"model.mlp_dim={twin.mlp_dim}", "model.num_experts=0", "model.experts_per_token=0",
-                    "model.expert_dim=0", "model.moe.scores=softmax", "model.moe.bias_rate=0.0"]
+                    "model.expert_dim=0", "model.moe.scores=softmax", "model.moe.bias_rate=0.0",
+                    "model.moe.dense_layers=0"]
     if not (folder / "DONE").exists():
         first = next(out.glob("*/data"), None)
         if first and not (folder / "data").exists():
@@ -49,6 +51,13 @@ def run(kind: str, rate: float, seed: int, out: Path) -> list[dict]:
         words = [word for change in changes for word in ("--set", change)]
         subprocess.run([sys.executable, "-m", "maxlm", "train", CONFIG, "--run-dir", folder, *words], check=True)
     return read_rows(folder)
+
+
+def runs_of(kind: str, rates: list[float], seeds: list[int], out: Path) -> dict[tuple[float, int], list[dict]]:
+    """Rows by (learning rate, seed): all rates with the first seed, the best of them with the others."""
+    runs = {(rate, seeds[0]): run(kind, rate, seeds[0], out) for rate in rates}
+    best, _ = min(runs, key=lambda key: [row["eval_loss"] for row in runs[key] if "eval_loss" in row][-1])
+    return runs | {(best, seed): run(kind, best, seed, out) for seed in seeds[1:]}
 
 
 def summary(kind: str, config: RunConfig, runs: dict[tuple[float, int], list[dict]]) -> dict:
@@ -60,7 +69,7 @@ def summary(kind: str, config: RunConfig, runs: dict[tuple[float, int], list[dic
         "max_over_mean": [[row["step"], row["load_max_over_mean"]] for row in found if "load_max_over_mean" in row],
         "largest_after_a_fifth": max((row["load_max_over_mean"] for row in found
                                       if row["step"] > last / 5 and "load_max_over_mean" in row), default=None),
-        "seconds": sum(5 * row["step_seconds"] for row in found if "step_seconds" in row),
+        "seconds": sum(config.logging.every_steps * row["step_seconds"] for row in found if "step_seconds" in row),
     } for (rate, seed), found in runs.items()]
     return {"kind": kind, "parameters": count.total, "active_parameters": count.active, "runs": rows,
             "flops_per_token": training_flops_per_token(config.model, config.train.seq_len)}
@@ -90,15 +99,13 @@ def plot(record: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 2e-3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-2, 1.5e-2, 2e-2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
     config = load_config(str(CONFIG))
     results = []
     for kind, shape in (("moe", config), ("dense", dense_twin(config))):
-        runs = {(rate, seed): run(kind, rate, seed, options.out)
-                for rate in options.learning_rates for seed in options.seeds}
-        results.append(summary(kind, shape, runs))
+        results.append(summary(kind, shape, runs_of(kind, options.learning_rates, options.seeds, options.out)))
     record = {"benchmark": "moe_vs_dense", "device_kind": "cpu", "commit": commit(), "results": results}
     (options.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(record, options.out / "moe_vs_dense.png")

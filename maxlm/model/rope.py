@@ -46,11 +46,10 @@ def frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
 
 
 def rotation(config: RopeConfig, head_dim: int, positions_BT: jax.Array) -> Rotation:
-    """The rotation of every position. Computed once a batch, outside the layer loop: behind the barrier, because the
-    compiler would make sines again in each layer that uses them (on a CPU five times the rotation's own time)."""
+    """The rotation of every position. Computed once a batch, outside the layer loop."""
     radians, temperature = frequencies(config, head_dim)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * jnp.asarray(radians, jnp.float32)[None, None, None, :]
-    return jax.lax.optimization_barrier(Rotation(jnp.cos(angles) * temperature, jnp.sin(angles) * temperature))
+    return Rotation(jnp.cos(angles) * temperature, jnp.sin(angles) * temperature)
 
 
 def rotate(x_BTHK: jax.Array, by: Rotation) -> jax.Array:
