@@ -35,8 +35,6 @@ from maxlm.scaling.verbs import add_verbs as add_scaling_verbs
 from maxlm.schema import ConfigError
 
 UNSAFE, INTERRUPTED = 3, 130
-KEPT_MEMORY = ("arena_max=1", "mmap_max=0", f"trim_threshold={2**40}")
-ACCELERATORS = ("nvidia[0-9]*", "accel*", "vfio")  # device files of GPUs and TPUs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,8 +46,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run() -> NoReturn:
-    """The `maxlm` command: `main` in a process whose large memory is made for XLA's CPU backend."""
-    use_huge_pages(keep=sys.argv[1:2] not in (["compile"], ["plan"], ["data"]))
+    """The `maxlm` command: `main` in a process that keeps large memory in huge pages."""
+    use_huge_pages()
     try:
         code = main()
     except Exception:
@@ -60,19 +58,14 @@ def run() -> NoReturn:
     sys.exit(code)
 
 
-def use_huge_pages(*, keep: bool = True) -> None:
+def use_huge_pages() -> None:
     """Starts this process's program again (same process id) with malloc in huge pages, once, on Linux.
 
     XLA's CPU backend takes and returns all of a step's memory each step. In 4 kB pages the kernel spent a fifth of the
     quickstart's time on that (76,000 page faults a step). glibc reads the setting only when a program starts.
-    keep: returned memory stays with the process; to clear it anew each step was a sixth of moe_tiny's time. glibc keeps
-    large blocks in its first arena only, which all threads then share: not for compilers of many threads, nor where
-    steps run on an accelerator.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        accelerated = any(any(Path("/dev").glob(name)) for name in ACCELERATORS)
-        kept = KEPT_MEMORY if keep and not accelerated else ()
-        os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}" for name in ("hugetlb=1", *kept))
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         with contextlib.suppress(OSError):  # then it is only slower
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
