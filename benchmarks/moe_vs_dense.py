@@ -3,7 +3,7 @@
     python benchmarks/moe_vs_dense.py --out OUT [--learning-rates 1e-2 1.5e-2 2e-2] [--seeds 0 1]
 
 Both train on the same batches with the same settings; the dense twin's MLP is as wide as the experts of a token. Each
-is run at every learning rate with the first seed, then at its best one with the others. Writes OUT/record.json and
+is run at every learning rate with the first seed, and at the recipe's with the others. Writes OUT/record.json and
 OUT/moe_vs_dense.png; runs stay in OUT, and one that is there is not made again.
 """
 
@@ -53,13 +53,6 @@ def run(kind: str, rate: float, seed: int, out: Path) -> list[dict]:
     return read_rows(folder)
 
 
-def runs_of(kind: str, rates: list[float], seeds: list[int], out: Path) -> dict[tuple[float, int], list[dict]]:
-    """Rows by (learning rate, seed): all rates with the first seed, the best of them with the others."""
-    runs = {(rate, seeds[0]): run(kind, rate, seeds[0], out) for rate in rates}
-    best, _ = min(runs, key=lambda key: [row["eval_loss"] for row in runs[key] if "eval_loss" in row][-1])
-    return runs | {(best, seed): run(kind, best, seed, out) for seed in seeds[1:]}
-
-
 def summary(kind: str, config: RunConfig, runs: dict[tuple[float, int], list[dict]]) -> dict:
     count, last = parameter_count(config.model), config.train.num_steps
     rows = [{
@@ -102,10 +95,13 @@ def main() -> None:
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-2, 1.5e-2, 2e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
-    config = load_config(str(CONFIG))
+    config, first = load_config(str(CONFIG)), options.seeds[0]
+    wanted = [(rate, first) for rate in options.learning_rates]
+    wanted += [(config.optimizer.learning_rate, seed) for seed in options.seeds[1:]]
     results = []
     for kind, shape in (("moe", config), ("dense", dense_twin(config))):
-        results.append(summary(kind, shape, runs_of(kind, options.learning_rates, options.seeds, options.out)))
+        runs = {(rate, seed): run(kind, rate, seed, options.out) for rate, seed in wanted}
+        results.append(summary(kind, shape, runs))
     record = {"benchmark": "moe_vs_dense", "device_kind": "cpu", "commit": commit(), "results": results}
     (options.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(record, options.out / "moe_vs_dense.png")
