@@ -1,9 +1,10 @@
 """configs/moe_tiny.py beside the dense model with the same active parameters: held-out loss, and how even the load is.
 
-    python benchmarks/moe_vs_dense.py --out OUT [--learning-rates 1e-3 2e-3] [--seeds 0]
+    python benchmarks/moe_vs_dense.py --out OUT [--learning-rates 1e-2 1.5e-2 2e-2] [--seeds 0 1]
 
-Both train on the same batches with the same settings; the dense twin's MLP is as wide as the experts of a token. Writes
-OUT/record.json and OUT/moe_vs_dense.png; runs stay in OUT, and one that is there is not made again.
+Both train on the same batches with the same settings; the dense twin's MLP is as wide as the experts of a token. Each
+is run at every learning rate with the first seed, and at the recipe's with the others. Writes OUT/record.json and
+OUT/moe_vs_dense.png; runs stay in OUT, and one that is there is not made again.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ def dense_twin(config: RunConfig) -> RunConfig:
 def run(kind: str, rate: float, seed: int, out: Path) -> list[dict]:
     """The rows of a run, made now unless it is there."""
     folder, changes = out / f"{kind}_{rate:g}_{seed}", [f"optimizer.learning_rate={rate}", f"train.seed={seed}",
-                                                        "eval.every_steps=50", "logging.every_steps=5"]
+                                                        "eval.every_steps=50"]
     if kind == "dense":
         twin = dense_twin(load_config(str(CONFIG))).model
         changes += [f"model.mlp_dim={twin.mlp_dim}", "model.num_experts=0", "model.experts_per_token=0",
-                    "model.expert_dim=0", "model.moe.scores=softmax", "model.moe.bias_rate=0.0"]
+                    "model.expert_dim=0", "model.moe.scores=softmax", "model.moe.bias_rate=0.0",
+                    "model.moe.dense_layers=0"]
     if not (folder / "DONE").exists():
         first = next(out.glob("*/data"), None)
         if first and not (folder / "data").exists():
@@ -60,7 +62,7 @@ def summary(kind: str, config: RunConfig, runs: dict[tuple[float, int], list[dic
         "max_over_mean": [[row["step"], row["load_max_over_mean"]] for row in found if "load_max_over_mean" in row],
         "largest_after_a_fifth": max((row["load_max_over_mean"] for row in found
                                       if row["step"] > last / 5 and "load_max_over_mean" in row), default=None),
-        "seconds": sum(5 * row["step_seconds"] for row in found if "step_seconds" in row),
+        "seconds": sum(config.logging.every_steps * row["step_seconds"] for row in found if "step_seconds" in row),
     } for (rate, seed), found in runs.items()]
     return {"kind": kind, "parameters": count.total, "active_parameters": count.active, "runs": rows,
             "flops_per_token": training_flops_per_token(config.model, config.train.seq_len)}
@@ -90,14 +92,15 @@ def plot(record: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 2e-3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-2, 1.5e-2, 2e-2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
-    config = load_config(str(CONFIG))
+    config, first = load_config(str(CONFIG)), options.seeds[0]
+    wanted = [(rate, first) for rate in options.learning_rates]
+    wanted += [(config.optimizer.learning_rate, seed) for seed in options.seeds[1:]]
     results = []
     for kind, shape in (("moe", config), ("dense", dense_twin(config))):
-        runs = {(rate, seed): run(kind, rate, seed, options.out)
-                for rate in options.learning_rates for seed in options.seeds}
+        runs = {(rate, seed): run(kind, rate, seed, options.out) for rate, seed in wanted}
         results.append(summary(kind, shape, runs))
     record = {"benchmark": "moe_vs_dense", "device_kind": "cpu", "commit": commit(), "results": results}
     (options.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -146,6 +146,8 @@ def _chunk(x_BTD, targets_BT, *, w_VD, first, z_loss, softcap, gradients, over_v
     x_ND, dscores_NV = x_BTD.reshape(-1, x_BTD.shape[-1]), dscores.reshape(-1, w_VD.shape[0])
     dw_DV = jax.lax.dot_general(x_ND, dscores_NV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     # Row-major by order: left alone, XLA's CPU compiler keeps the transpose and copies the weight and its moments.
+    # It would put the transpose into the product, too, which then takes twice as long.
+    dw_DV = jax.lax.platform_dependent(dw_DV, cpu=jax.lax.optimization_barrier, default=lambda dw_DV: dw_DV)
     dw_VD = with_layout_constraint(dw_DV.T, Layout(major_to_minor=(0, 1)))
     return CrossEntropy(loss, nll), dx_BTD, dw_VD
 

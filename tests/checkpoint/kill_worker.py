@@ -1,4 +1,4 @@
-"""Restarts a saving process over and over and kills it with SIGKILL at random moments.
+"""Restarts a saving process over and over and kills it with SIGKILL: by turns inside a save and at random moments.
 
     python kill_worker.py FOLDER SEED TRIALS     prints one JSON object: what the kills hit
 
@@ -7,6 +7,7 @@ bytes of its step, and no step that a former life saw complete may be lost. Then
 A life is a fork of this process, which has imported everything but started no JAX backend: 0.3 s instead of 2.
 """
 
+import functools
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from maxlm.checkpoint.layout import complete_steps
 
 SIZE = 200_000
 KEEP_LAST = 2
+ENTRIES = 21  # files and folders of a save just before its commit
 
 
 def state(step):
@@ -53,8 +55,22 @@ def life(folder, report):
             (folder / "seen.new").replace(folder / "seen")
 
 
+def inside_a_save(checkpoints, child, entries):
+    """Returns when `child`, which it stops, has a save under way that holds `entries` files and folders or more, or
+    when it has ended. However slow the machine is, this waits."""
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        for save in checkpoints.glob("*-tmp"):
+            if sum(len(folders) + len(files) for _, folders, files in os.walk(save)) >= entries:
+                os.kill(child, signal.SIGSTOP)
+                os.waitid(os.P_PID, child, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+                if save.exists():  # not done meanwhile
+                    return
+                os.kill(child, signal.SIGCONT)
+        time.sleep(0.001)
+
+
 def run_and_kill(folder, wait):
-    """One life. Returns False where it ended by itself, which is a failed check."""
+    """One life, killed after `wait(process id)`. Returns False where it ended by itself, which is a failed check."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -65,9 +81,9 @@ def run_and_kill(folder, wait):
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     os.close(write)
-    ready = select.select([read], [], [], 60)[0] and os.read(read, 1) == b"r"
+    ready = select.select([read], [], [], 300)[0] and os.read(read, 1) == b"r"
     if ready:
-        time.sleep(wait)
+        wait(child)
     os.kill(child, signal.SIGKILL)
     os.close(read)
     status = os.waitpid(child, 0)[1]
@@ -78,8 +94,11 @@ def main(folder, seed, trials):
     orbax_io._orbax()
     chosen = random.Random(seed)
     hits = {"trials": 0, "mid_save": 0, "mid_delete": 0, "extra_kept": 0}
-    for _ in range(trials):
-        if not run_and_kill(folder, chosen.uniform(0.0, 0.8)):
+    for trial in range(trials):
+        entries, seconds = chosen.randint(1, ENTRIES), chosen.uniform(0.0, 0.8)
+        wait = (functools.partial(inside_a_save, folder / "checkpoints", entries=entries) if trial % 2 == 0 else
+                lambda _, seconds=seconds: time.sleep(seconds))
+        if not run_and_kill(folder, wait):
             sys.exit(f"trial {hits['trials']} of seed {seed} failed")
         names = [p.name for p in (folder / "checkpoints").iterdir()]
         hits["trials"] += 1

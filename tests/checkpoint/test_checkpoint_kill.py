@@ -1,4 +1,4 @@
-"""kill -9 at random moments inside saves and deletions never leaves a broken newest checkpoint, nor loses one."""
+"""kill -9 inside saves and at random moments never leaves a broken newest checkpoint, nor loses one."""
 
 import json
 import os
@@ -16,12 +16,12 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(maxlm.__file__).pare
 
 def kill(folder, seed, trials):
     command = [sys.executable, "-W", "ignore", WORKER, folder, str(seed), str(trials)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60 + 3 * trials, check=False,
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600 + 10 * trials, check=False,
                           env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     hits = json.loads(done.stdout)
     assert hits["trials"] == trials and hits["steps"] > 0
-    assert hits["mid_save"] >= trials // 3, "too few kills landed inside a save to prove anything"
+    assert hits["mid_save"] >= trials // 2, "too few kills landed inside a save to prove anything"
 
 
 def test_kill_inside_saves(tmp_path):
