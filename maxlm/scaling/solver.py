@@ -32,9 +32,8 @@ import numpy as np
 DELTA = 1e-3
 CHUNK_ROWS = 4096  # rows of the problems solved together: their Jacobians stay in cache
 ITERATIONS = 4  # between looks at which problems are finished
-PATIENCE = 4  # iterations in a row that take less than PROGRESS of the objective away: finished
+PATIENCE = 12  # iterations in a row that take less than PROGRESS of the objective away: finished
 PROGRESS = 1e-10
-TINY=1e-30
 TRUSTED = 0.1  # a Newton step that is damped less and promises less than PROGRESS: finished, too
 MAX_DAMPING, MIN_DAMPING = 1e8, 1e-12
 LEAST = -40.0
@@ -183,7 +182,7 @@ def _solve_one(predict, derivatives, delta, columns, target, weights, free, stat
         gram = lambda w: (jacobian * w[None]) @ jacobian.T  # noqa: E731
         bound = gram(majorant)
         curvature = gram(weights * inner) + hessian(pull) * jnp.outer(free, free)
-        scale = jnp.diagonal(bound) + TINY * jnp.trace(bound)
+        scale = jnp.diagonal(bound) + jnp.where(linear, 1e-30, 1e-12) * jnp.trace(bound)
         damped = lambda matrix, mu: matrix + jnp.diag(mu * scale + 1 - free)  # noqa: E731
         kinds = [bound, curvature - jnp.diag(linear * slope), curvature] if linear.any() else [bound, curvature]
         matrices = jax.vmap(damped)(jnp.stack(kinds), damping)
