@@ -131,7 +131,7 @@ def _fit(law: Law, runs: Runs, weights: np.ndarray | None) -> Fitted:
     distance = (np.abs(_predict(law, starts, x) - y) * (1 if weights is None else weights)).sum(-1)
     order = np.argsort(np.where(np.isfinite(distance), distance, np.inf), kind="stable")
     chosen = starts[np.union1d(order[:CLOSEST], order[::EVERY])]
-    found = _solve(law, x, y, chosen, weights)
+    found = solve_law(law, x, y, chosen, weights)
     best = int(np.argmin(found.objective))
     objective = float(found.objective[best])
     same = int((found.objective <= objective * (1 + SAME_OPTIMUM)).sum())
@@ -145,13 +145,15 @@ def refit(fitted: Fitted, runs: Runs, weights: np.ndarray) -> np.ndarray:
     if fitted.law.estimate:
         return fitted.law.estimate(x, y, weights)
     starts = np.broadcast_to(fitted.theta, (len(weights), fitted.theta.size))
-    return _solve(fitted.law, x, y, starts, weights).theta
+    return solve_law(fitted.law, x, y, starts, weights).theta
 
 
-def _solve(law: Law, x, y: np.ndarray, starts: np.ndarray, weights: np.ndarray | None) -> Solutions:
+def solve_law(law: Law, x: Mapping[str, np.ndarray], y: np.ndarray, starts: np.ndarray, weights: np.ndarray | None,
+              max_iterations: int = 200) -> Solutions:
+    """`solve` for the objective of `law`, with `x` and `y` as `Fitted.inputs` and `Fitted.target` give them."""
     if law.least_squares:
-        return solve(_loss_itself(law), x, np.exp(y), starts, weights, delta=QUADRATIC)
-    return solve(law.predict, x, y, starts, weights)
+        return solve(_loss_itself(law), x, np.exp(y), starts, weights, delta=QUADRATIC, max_iterations=max_iterations)
+    return solve(law.predict, x, y, starts, weights, max_iterations=max_iterations)
 
 
 @functools.cache

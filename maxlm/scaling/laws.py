@@ -190,6 +190,9 @@ def _granular_terms(theta, x):
     return e, g - gamma * x["granularity"] - alpha * x["params"], a - alpha * x["params"], b - beta * x["tokens"]
 
 
+_granular = Sum(_granular_terms, (0, 1, 2, 3))
+
+
 def _granular_natural(theta, centre):
     e, g, a, b, gamma, alpha, beta = np.moveaxis(np.asarray(theta), -1, 0)
     scale = centre[TARGET]
@@ -210,6 +213,9 @@ def _sparse_terms(theta, x):
     e, a, b, c, d, alpha, beta, lam, delta, gamma = theta
     used = x["active_params"] - x["params"]
     return e, a - alpha * x["params"], b - beta * x["tokens"], c - lam * used, d - delta * used - gamma * x["params"]
+
+
+_sparse = Sum(_sparse_terms, (0, 1, 2, 3, 4))
 
 
 def _sparse_natural(theta, centre):
@@ -282,11 +288,6 @@ def _chained_natural(theta, centre):
     return {**loss, **_sigmoid_natural(theta[..., 5:], centre)}
 
 
-def _power_terms(theta, x, column):
-    e, a, gamma = theta
-    return e, a - gamma * x[column]
-
-
 def _power_natural(theta, centre, column):
     e, a, gamma = np.moveaxis(np.asarray(theta), -1, 0)
     scale = centre[TARGET]
@@ -302,8 +303,8 @@ def _power_law(name, column, symbol):
     return Law(
         name, f"power law in {column} with an offset", f"L = E + A / {symbol}^gamma",
         "Henighan et al. 2020 (arXiv:2010.14701), equation 1.1", (column,), 3, ("gamma",),
-        Sum(lambda theta, x: _power_terms(theta, x, column), (0, 1)), lambda theta, centre: _power_natural(theta, centre, column),
-        _power_starts, {"E": 0, "gamma": 2},
+        Sum(lambda theta, x: (theta[0], theta[1] - theta[2] * x[column]), (0, 1)),
+        lambda theta, centre: _power_natural(theta, centre, column), _power_starts, {"E": 0, "gamma": 2},
     )
 
 
@@ -341,12 +342,12 @@ _LAWS = (
     Law("moe-granularity", "mixture of experts with granularity",
         "L = E + (g / G^gamma + A) / N^alpha + B / D^beta",
         "Krajewski et al. 2024 (arXiv:2402.07871)", ("params", "tokens", "granularity"), 7, ("alpha", "beta", "gamma"),
-        Sum(_granular_terms, (0, 1, 2, 3)), _granular_natural, _granular_starts, {"E": 0, "gamma": 4, "alpha": 5, "beta": 6},
+        _granular, _granular_natural, _granular_starts, {"E": 0, "gamma": 4, "alpha": 5, "beta": 6},
         held={"granularity": "median"}),
     Law("moe-sparsity", "mixture of experts, total and active parameters",
         "L = E + A / N^alpha + B / D^beta + c / (1 - S)^lambda + d / ((1 - S)^delta N^gamma), 1 - S = N_active / N",
         "Abnar et al. 2025 (arXiv:2501.12370)", ("params", "tokens", "active_params"), 10, ("alpha", "beta"),
-        Sum(_sparse_terms, (0, 1, 2, 3, 4)), _sparse_natural, _sparse_starts, {"E": 0, "alpha": 5, "beta": 6, "lambda": 7},
+        _sparse, _sparse_natural, _sparse_starts, {"E": 0, "alpha": 5, "beta": 6, "lambda": 7},
         check=_check_active, held={"active_params": "share"}),
     Law("step-learning-rate", "Step Law, learning rate", "eta = c N^alpha D^beta",
         "Li et al. 2025 (arXiv:2503.04715)", ("params", "tokens"), 3, (),

@@ -32,12 +32,12 @@ import numpy as np
 DELTA = 1e-3
 CHUNK_ROWS = 4096  # rows of the problems solved together: their Jacobians stay in cache
 ITERATIONS = 4  # between looks at which problems are finished
-PATIENCE = 12  # iterations in a row that take less than PROGRESS of the objective away: finished
-PROGRESS = 1e-10
-TRUSTED = 0.1  # a Newton step that is damped less and promises less than PROGRESS: finished, too
+PROGRESS = 1e-10  # of the objective: a Newton step damped by less than TRUSTED that promises less: finished
+TRUSTED = 0.1
+PATIENCE = 12  # iterations in a row that take less than PROGRESS away: finished, too
 MAX_DAMPING, MIN_DAMPING = 1e8, 1e-12
-LEAST = -40.0
 FALL = 0.9  # the largest share of a coefficient that one step takes away
+LEAST = -40.0  # the logarithm of a coefficient that is 0
 
 Columns = Mapping[str, np.ndarray]
 Predict = Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]
@@ -99,8 +99,8 @@ def solve(
     target = fill(target, (problems, rows))
     weights = fill(1.0 if weights is None else weights, (problems, rows))
     free = fill(1.0 if free is None else free, starts.shape)
-    state = [starts.copy(), np.full(problems, np.nan), np.tile([1e-3, 1e-2, 1e-2] if coefficients(predict) else [1e-3, 1e-2], (problems, 1)), np.zeros(problems)]
-
+    damping = [1e-3, 1e-2, 1e-2] if isinstance(predict, Sum) else [1e-3, 1e-2]
+    state = [starts.copy(), np.full(problems, np.nan), np.tile(damping, (problems, 1)), np.zeros(problems)]
     size = 2 ** int(np.clip(np.log2(CHUNK_ROWS / rows), 3, 7))
 
     def run(chunk):
@@ -163,8 +163,7 @@ def _of_sum(predict, columns, size):
 def _solve_one(predict, derivatives, delta, columns, target, weights, free, state):
     """ITERATIONS of one problem. `state`: theta [p], its objective, the damping of each kind of step, and the
     iterations in a row without progress."""
-    linear = np.zeros(free.size, bool)
-    linear[list(coefficients(predict))] = True
+    linear = np.isin(np.arange(free.size), predict.coefficients if isinstance(predict, Sum) else ())
 
     def total(residual):
         value = jnp.sum(weights * huber(residual, delta))
@@ -182,46 +181,53 @@ def _solve_one(predict, derivatives, delta, columns, target, weights, free, stat
         gram = lambda w: (jacobian * w[None]) @ jacobian.T  # noqa: E731
         bound = gram(majorant)
         curvature = gram(weights * inner) + hessian(pull) * jnp.outer(free, free)
+        # Coefficients close to 0 must be able to come back; what the model does not feel must stay.
         scale = jnp.diagonal(bound) + jnp.where(linear, 1e-30, 1e-12) * jnp.trace(bound)
-        damped = lambda matrix, mu: matrix + jnp.diag(mu * scale + 1 - free)  # noqa: E731
-        kinds = [bound, curvature - jnp.diag(linear * slope), curvature] if linear.any() else [bound, curvature]
-        matrices = jax.vmap(damped)(jnp.stack(kinds), damping)
-        steps = jax.vmap(_solve_positive, in_axes=(0, None))(matrices, slope)
-        if linear.any():
-            steps = steps.at[:2].set(jax.vmap(functools.partial(_kept_above, linear, slope))(matrices[:2], steps[:2]))
-        promise = slope @ steps[1] / 2
-        if linear.any():
-            steps = steps.at[:2].set(jnp.where(linear, -jnp.log1p(-steps[:2]), steps[:2]))
+        damped = jax.vmap(lambda mu: jnp.diag(mu * scale + 1 - free))(damping)
+        steps, promise = _steps(linear, bound, curvature, slope, damped)
         tried = jax.vmap(lambda step: total(predict(theta - step, columns) - target))(steps)
         better = tried < value
         at_rest = (promise < PROGRESS * value) & (damping[1] < TRUSTED)
         damping = jnp.clip(jnp.where(better, damping / 5, damping * 4), MIN_DAMPING, MAX_DAMPING)
         best = jnp.argmin(tried)
-        theta = jnp.where(better[best], theta - steps[best], theta)
-        theta = jnp.where(linear, jnp.maximum(theta, LEAST), theta)
+        moved = theta - steps[best]
+        theta = jnp.where(better[best], jnp.where(linear, jnp.maximum(moved, LEAST), moved), theta)
         left = jnp.minimum(tried[best], value)
-        stalled = jnp.where(value - left > PROGRESS * value, 0.0, stalled + 1)
-        stalled = jnp.where(at_rest, PATIENCE, stalled)
+        waited = jnp.where(value - left > PROGRESS * value, 0.0, stalled + 1)
+        stalled = jnp.where(at_rest, float(PATIENCE), waited)
         return (theta, left, damping, stalled), None
 
     return jax.lax.scan(iterate, tuple(state), length=ITERATIONS)[0]
 
 
-def _kept_above(linear, slope, matrix, step):
-    """`step` [p], in which relative changes of coefficients are at most FALL: where one was, the rest is solved anew."""
-    pinned = linear & (step > FALL)
-    rest = 1.0 - pinned
-    right = rest * (slope - matrix @ (FALL * pinned)) + FALL * pinned
+def _steps(linear, bound, curvature, slope, damped):
+    """What to subtract from theta, each kind of step [kinds, p], and what the Newton step promises to take away.
+
+    Where there are coefficients (`linear` [p]) they are Levenberg-Marquardt and Newton in relative changes of them, and
+    Newton in their logarithms; where there are none, Levenberg-Marquardt and Newton.
+    """
+    solved = jax.vmap(_solve_positive, in_axes=(0, None))
+    if not linear.any():
+        steps = solved(jnp.stack([bound, curvature]) + damped, slope)
+        return steps, slope @ steps[1] / 2
+    matrices = jnp.stack([bound, curvature - jnp.diag(linear * slope), curvature]) + damped
+    steps = solved(matrices, slope)
+    relative = jax.vmap(functools.partial(_held_at_fall, linear, slope))(matrices[:2], steps[:2])
+    in_logarithms = jnp.where(linear, -jnp.log1p(-relative), relative)
+    return jnp.concatenate([in_logarithms, steps[2:]]), slope @ relative[1] / 2
+
+
+def _held_at_fall(linear, slope, matrix, step):
+    """`step` [p] with the coefficients that would lose more than FALL held at that, and the rest solved for anew."""
+    held = linear & (step > FALL)
+    rest = 1.0 - held
+    right = rest * (slope - matrix @ (FALL * held)) + FALL * held
     step = _solve_positive(matrix * jnp.outer(rest, rest) + jnp.diag(1 - rest), right)
     return jnp.where(linear, jnp.minimum(step, FALL), step)
 
 
-def coefficients(predict: Predict) -> tuple[int, ...]:
-    return predict.coefficients if isinstance(predict, Sum) else ()
-
-
 def _solve_positive(matrix, right):
-    """x [p] with matrix @ x = right, NaN where the matrix is not positive definite: elimination, its pivots all above 0.
+    """x [p] with matrix @ x = right, NaN where the matrix is not positive definite: elimination, with pivots all above 0.
     A batch of these is one small loop, where a library call would go through them one by one."""
     size = right.size
 
