@@ -186,6 +186,8 @@ def check_design(law: Law, runs: Runs) -> None:
         require(spread >= MIN_SPREAD and np.unique(values).size >= 3,
                 f"{law.name} needs runs of different {name}: these have {np.unique(values).size} value(s) over a "
                 f"factor of {spread:.3g}; add runs with at least 3 values over a factor of {MIN_SPREAD}")
+    target = runs.columns[law.target]
+    require(target.max() > target.min(), f"every run has the same {law.target}, {target[0]:.6g}: nothing to fit")
     if law.check:
         law.check(runs.columns)
     if law.has_frontier:

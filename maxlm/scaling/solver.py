@@ -149,11 +149,11 @@ def _of_sum(predict, columns, size):
     def at(theta):
         powers = jnp.exp(predict.stacked(theta, columns))
         total = powers.sum(0)
-        shares = powers / total
-        jacobian = sum(shares[k] * slopes[:, k] for k in range(len(shares)))
+        shares = powers / total[None]
+        jacobian = sum(shares[k][None] * slopes[:, k] for k in range(len(shares)))
 
         def hessian(factors):
-            return (products @ (factors * shares).reshape(-1))[place] - (jacobian * factors) @ jacobian.T
+            return (products @ (factors[None] * shares).reshape(-1))[place] - (jacobian * factors[None]) @ jacobian.T
 
         return jnp.log(total), jacobian, hessian
 
@@ -213,7 +213,7 @@ def _steps(linear, bound, curvature, slope, damped):
     matrices = jnp.stack([bound, curvature - jnp.diag(linear * slope), curvature]) + damped
     steps = solved(matrices, slope)
     relative = jax.vmap(functools.partial(_held_at_fall, linear, slope))(matrices[:2], steps[:2])
-    in_logarithms = jnp.where(linear, -jnp.log1p(-relative), relative)
+    in_logarithms = jnp.where(linear[None], -jnp.log1p(-relative), relative)
     return jnp.concatenate([in_logarithms, steps[2:]]), slope @ relative[1] / 2
 
 
@@ -227,7 +227,7 @@ def _held_at_fall(linear, slope, matrix, step):
 
 
 def _solve_positive(matrix, right):
-    """x [p] with matrix @ x = right, NaN where the matrix is not positive definite: elimination, with pivots all above 0.
+    """x [p] with matrix @ x = right, NaN where the matrix is not positive definite: elimination, pivots above 0.
     A batch of these is one small loop, where a library call would go through them one by one."""
     size = right.size
 
@@ -235,7 +235,7 @@ def _solve_positive(matrix, right):
         rows, positive = state  # [p, p + 1]
         pivot = rows[j, j]
         row = rows[j] / pivot
-        rows = jnp.where(jnp.arange(size)[:, None] == j, row, rows - jnp.outer(rows[:, j], row))
+        rows = jnp.where(jnp.arange(size)[:, None] == j, row[None], rows - jnp.outer(rows[:, j], row))
         return rows, positive & (pivot > 0)
 
     rows, positive = jax.lax.fori_loop(0, size, eliminate, (jnp.column_stack([matrix, right]), True))

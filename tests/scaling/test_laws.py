@@ -148,6 +148,14 @@ def test_a_loss_that_rises_with_scale_is_refused(tmp_path):
         point_fit(law, read_runs(path, law.needed))
 
 
+def test_a_loss_that_does_not_vary_is_refused(tmp_path):
+    params, tokens = ladder()
+    path = write_csv(tmp_path / "runs.csv", params=params.tolist(), tokens=tokens.tolist(), loss=[2.0] * params.size)
+    law = find_law("chinchilla")
+    with pytest.raises(ConfigError, match="every run has the same loss, 2"):
+        point_fit(law, read_runs(path, law.needed))
+
+
 def test_the_data_constrained_law_needs_repetition(tmp_path):
     params, tokens = ladder()
     law = find_law("data-constrained")
