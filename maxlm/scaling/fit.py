@@ -17,11 +17,12 @@ import numpy as np
 
 from maxlm.scaling.laws import TARGET, Law, Natural
 from maxlm.scaling.runs import FLOPS_PER_PARAM_TOKEN, Runs
-from maxlm.scaling.solver import DELTA, Solutions, float64_on_cpu, solve
+from maxlm.scaling.solver import DELTA, LEAST, PROGRESS, Solutions, Sum, float64_on_cpu, solve
 from maxlm.schema import require
 
 CLOSEST, EVERY = 128, 8  # of the start grid, ordered by how close it is: so many, and one in so many of all, are run
 SAME_OPTIMUM = 1e-6
+NEARLY_ZERO = -12.0  # logarithm of a coefficient over the loss
 QUADRATIC = 1e9  # a delta that no residual reaches: least squares
 SAME_INPUT = 1 - 1e-6  # a correlation of logarithms beyond it
 MIN_SPREAD = 1.1  # largest over smallest value of an input below which its exponent cannot be seen
@@ -133,10 +134,24 @@ def _fit(law: Law, runs: Runs, weights: np.ndarray | None) -> Fitted:
     chosen = starts[np.union1d(order[:CLOSEST], order[::EVERY])]
     found = solve_law(law, x, y, chosen, weights)
     best = int(np.argmin(found.objective))
-    objective = float(found.objective[best])
+    theta, objective = _at_zero(law, x, y, weights, found.theta[best], float(found.objective[best]))
     same = int((found.objective <= objective * (1 + SAME_OPTIMUM)).sum())
     unit = np.exp(2 * centre[TARGET]) if law.least_squares else 1.0  # squares of the loss, or of its logarithm
-    return Fitted(law, found.theta[best], centre, float(objective * unit), len(chosen), same)
+    return Fitted(law, theta, centre, float(objective * unit), len(chosen), same)
+
+
+def _at_zero(law, x, y, weights, theta, objective) -> tuple[np.ndarray, float]:
+    """The optimum, where coefficients that are 0 but for where a search stopped are the same 0 whatever the order of
+    the rows and their units."""
+    places = np.array(law.predict.coefficients if isinstance(law.predict, Sum) else (), int)
+    places = places[theta[places] < NEARLY_ZERO]
+    if not places.size:
+        return theta, objective
+    start = theta.copy()
+    start[places] = LEAST
+    found = solve_law(law, x, y, start[None], weights)
+    same = found.objective[0] <= objective * (1 + PROGRESS)
+    return (found.theta[0], float(found.objective[0])) if same else (theta, objective)
 
 
 def refit(fitted: Fitted, runs: Runs, weights: np.ndarray) -> np.ndarray:
