@@ -17,7 +17,7 @@ import numpy as np
 
 from maxlm.scaling.laws import TARGET, Law, Natural
 from maxlm.scaling.runs import FLOPS_PER_PARAM_TOKEN, Runs
-from maxlm.scaling.solver import DELTA, LEAST, PROGRESS, Solutions, Sum, float64_on_cpu, solve
+from maxlm.scaling.solver import DELTA, LEAST, PROGRESS, Solutions, Sum, float64_on_cpu, predict_each, solve
 from maxlm.schema import require
 
 CLOSEST, EVERY = 128, 8  # of the start grid, ordered by how close it is: so many, and one in so many of all, are run
@@ -59,7 +59,7 @@ class Fitted:
     def log_loss(self, columns: Mapping[str, np.ndarray], theta: np.ndarray | None = None) -> np.ndarray:
         """Logarithm of the predicted loss: [n], or [replicates, n] for `theta` [replicates, p]."""
         theta = self.theta if theta is None else theta
-        found = _predict(self.law, np.atleast_2d(theta), self.inputs(columns)) + self.centre[TARGET]
+        found = predict_each(self.law.predict, np.atleast_2d(theta), self.inputs(columns)) + self.centre[TARGET]
         return found if np.ndim(theta) == 2 else found[0]
 
     def residuals(self, runs: Runs) -> np.ndarray:
@@ -125,11 +125,11 @@ def _fit(law: Law, runs: Runs, weights: np.ndarray | None) -> Fitted:
     x, y = empty.inputs(runs.columns), empty.target(runs.columns[law.target])
     if law.estimate:
         theta = law.estimate(x, y, np.ones((1, y.size)) if weights is None else weights[None])[0]
-        size = np.abs(_predict(law, theta[None], x)[0] - y)
+        size = np.abs(predict_each(law.predict, theta[None], x)[0] - y)
         losses = np.where(size <= DELTA, size**2 / 2, DELTA * (size - DELTA / 2))
         return Fitted(law, theta, centre, float(losses.sum()), 0, 0)
     starts = law.starts(max(float(np.exp(np.median(y))), 1.01))
-    distance = (np.abs(_predict(law, starts, x) - y) * (1 if weights is None else weights)).sum(-1)
+    distance = (np.abs(predict_each(law.predict, starts, x) - y) * (1 if weights is None else weights)).sum(-1)
     order = np.argsort(np.where(np.isfinite(distance), distance, np.inf), kind="stable")
     chosen = starts[np.union1d(order[:CLOSEST], order[::EVERY])]
     found = solve_law(law, x, y, chosen, weights)
@@ -224,16 +224,6 @@ def _check_distinct(law: Law, runs: Runs) -> None:
     require(np.linalg.matrix_rank(scaled, tol=1e-3) == len(law.inputs),
             f"{law.name} cannot tell {', '.join(law.inputs)} apart: in every run one of them is the same product of "
             "powers of the others")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _predict_jit(law, theta, x):
-    return jax.vmap(lambda t: law.predict(t, x))(theta)
-
-
-def _predict(law, theta, x):
-    with float64_on_cpu():
-        return np.asarray(_predict_jit(law, theta, x))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -122,6 +122,17 @@ def solve(
     return Solutions(theta, objective, stalled >= PATIENCE)
 
 
+def predict_each(predict: Predict, theta: np.ndarray, columns: Columns) -> np.ndarray:
+    """[problems, n] for `theta` [problems, p]."""
+    with float64_on_cpu():
+        return np.asarray(_predict_each(predict, theta, columns))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict_each(predict, theta, columns):
+    return jax.vmap(lambda t: predict(t, columns))(theta)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _solve_chunk(predict, delta, columns, target, weights, free, state):
     derivatives = (_of_sum if isinstance(predict, Sum) else _of_any)(predict, columns, free.shape[1])
