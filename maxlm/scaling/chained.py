@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.scaling.solver import DELTA, solve
+from maxlm.scaling.solver import DELTA, predict_each, solve
 
 FIRST = 5  # of theta belong to step one
 LEAST_SQUARES = 1e9  # a delta that no residual reaches
@@ -47,9 +47,7 @@ def estimator(loss_law: Callable, loss_starts: Callable, sigmoid: Callable, sigm
 
 def _fits(predict, columns, target, starts, weights, delta) -> np.ndarray:
     """theta [replicates, p]: the best fit to the replicates' mean weight over `starts`, and from it each replicate."""
-    import jax
-
-    far = np.abs(np.asarray(jax.vmap(lambda t: predict(t, columns))(starts)) - target).sum(1)
+    far = np.abs(predict_each(predict, starts, columns) - target).sum(1)
     nearest = starts[np.argsort(np.where(np.isfinite(far), far, np.inf), kind="stable")[:CLOSEST]]
     whole = solve(predict, columns, target, nearest, weights.mean(0), delta=delta)
     best = whole.theta[np.argmin(whole.objective)]

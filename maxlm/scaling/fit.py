@@ -17,11 +17,12 @@ import numpy as np
 
 from maxlm.scaling.laws import TARGET, Law, Natural
 from maxlm.scaling.runs import FLOPS_PER_PARAM_TOKEN, Runs
-from maxlm.scaling.solver import DELTA, Solutions, float64_on_cpu, solve
+from maxlm.scaling.solver import DELTA, LEAST, PROGRESS, Solutions, Sum, float64_on_cpu, predict_each, solve
 from maxlm.schema import require
 
 CLOSEST, EVERY = 128, 8  # of the start grid, ordered by how close it is: so many, and one in so many of all, are run
 SAME_OPTIMUM = 1e-6
+NEARLY_ZERO = -12.0  # logarithm of a coefficient over the loss
 QUADRATIC = 1e9  # a delta that no residual reaches: least squares
 SAME_INPUT = 1 - 1e-6  # a correlation of logarithms beyond it
 MIN_SPREAD = 1.1  # largest over smallest value of an input below which its exponent cannot be seen
@@ -58,7 +59,7 @@ class Fitted:
     def log_loss(self, columns: Mapping[str, np.ndarray], theta: np.ndarray | None = None) -> np.ndarray:
         """Logarithm of the predicted loss: [n], or [replicates, n] for `theta` [replicates, p]."""
         theta = self.theta if theta is None else theta
-        found = _predict(self.law, np.atleast_2d(theta), self.inputs(columns)) + self.centre[TARGET]
+        found = predict_each(self.law.predict, np.atleast_2d(theta), self.inputs(columns)) + self.centre[TARGET]
         return found if np.ndim(theta) == 2 else found[0]
 
     def residuals(self, runs: Runs) -> np.ndarray:
@@ -124,19 +125,33 @@ def _fit(law: Law, runs: Runs, weights: np.ndarray | None) -> Fitted:
     x, y = empty.inputs(runs.columns), empty.target(runs.columns[law.target])
     if law.estimate:
         theta = law.estimate(x, y, np.ones((1, y.size)) if weights is None else weights[None])[0]
-        size = np.abs(_predict(law, theta[None], x)[0] - y)
+        size = np.abs(predict_each(law.predict, theta[None], x)[0] - y)
         losses = np.where(size <= DELTA, size**2 / 2, DELTA * (size - DELTA / 2))
         return Fitted(law, theta, centre, float(losses.sum()), 0, 0)
     starts = law.starts(max(float(np.exp(np.median(y))), 1.01))
-    distance = (np.abs(_predict(law, starts, x) - y) * (1 if weights is None else weights)).sum(-1)
+    distance = (np.abs(predict_each(law.predict, starts, x) - y) * (1 if weights is None else weights)).sum(-1)
     order = np.argsort(np.where(np.isfinite(distance), distance, np.inf), kind="stable")
     chosen = starts[np.union1d(order[:CLOSEST], order[::EVERY])]
-    found = _solve(law, x, y, chosen, weights)
+    found = solve_law(law, x, y, chosen, weights)
     best = int(np.argmin(found.objective))
-    objective = float(found.objective[best])
+    theta, objective = _at_zero(law, x, y, weights, found.theta[best], float(found.objective[best]))
     same = int((found.objective <= objective * (1 + SAME_OPTIMUM)).sum())
     unit = np.exp(2 * centre[TARGET]) if law.least_squares else 1.0  # squares of the loss, or of its logarithm
-    return Fitted(law, found.theta[best], centre, float(objective * unit), len(chosen), same)
+    return Fitted(law, theta, centre, float(objective * unit), len(chosen), same)
+
+
+def _at_zero(law, x, y, weights, theta, objective) -> tuple[np.ndarray, float]:
+    """The optimum, where coefficients that are 0 but for where a search stopped are the same 0 whatever the order of
+    the rows and their units."""
+    places = np.array(law.predict.coefficients if isinstance(law.predict, Sum) else (), int)
+    places = places[theta[places] < NEARLY_ZERO]
+    if not places.size:
+        return theta, objective
+    start = theta.copy()
+    start[places] = LEAST
+    found = solve_law(law, x, y, start[None], weights)
+    same = found.objective[0] <= objective * (1 + PROGRESS)
+    return (found.theta[0], float(found.objective[0])) if same else (theta, objective)
 
 
 def refit(fitted: Fitted, runs: Runs, weights: np.ndarray) -> np.ndarray:
@@ -145,13 +160,15 @@ def refit(fitted: Fitted, runs: Runs, weights: np.ndarray) -> np.ndarray:
     if fitted.law.estimate:
         return fitted.law.estimate(x, y, weights)
     starts = np.broadcast_to(fitted.theta, (len(weights), fitted.theta.size))
-    return _solve(fitted.law, x, y, starts, weights).theta
+    return solve_law(fitted.law, x, y, starts, weights).theta
 
 
-def _solve(law: Law, x, y: np.ndarray, starts: np.ndarray, weights: np.ndarray | None) -> Solutions:
+def solve_law(law: Law, x: Mapping[str, np.ndarray], y: np.ndarray, starts: np.ndarray, weights: np.ndarray | None,
+              max_iterations: int = 200) -> Solutions:
+    """`solve` for the objective of `law`, with `x` and `y` as `Fitted.inputs` and `Fitted.target` give them."""
     if law.least_squares:
-        return solve(_loss_itself(law), x, np.exp(y), starts, weights, delta=QUADRATIC)
-    return solve(law.predict, x, y, starts, weights)
+        return solve(_loss_itself(law), x, np.exp(y), starts, weights, delta=QUADRATIC, max_iterations=max_iterations)
+    return solve(law.predict, x, y, starts, weights, max_iterations=max_iterations)
 
 
 @functools.cache
@@ -184,6 +201,8 @@ def check_design(law: Law, runs: Runs) -> None:
         require(spread >= MIN_SPREAD and np.unique(values).size >= 3,
                 f"{law.name} needs runs of different {name}: these have {np.unique(values).size} value(s) over a "
                 f"factor of {spread:.3g}; add runs with at least 3 values over a factor of {MIN_SPREAD}")
+    target = runs.columns[law.target]
+    require(target.max() > target.min(), f"every run has the same {law.target}, {target[0]:.6g}: nothing to fit")
     if law.check:
         law.check(runs.columns)
     if law.has_frontier:
@@ -205,16 +224,6 @@ def _check_distinct(law: Law, runs: Runs) -> None:
     require(np.linalg.matrix_rank(scaled, tol=1e-3) == len(law.inputs),
             f"{law.name} cannot tell {', '.join(law.inputs)} apart: in every run one of them is the same product of "
             "powers of the others")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _predict_jit(law, theta, x):
-    return jax.vmap(lambda t: law.predict(t, x))(theta)
-
-
-def _predict(law, theta, x):
-    with float64_on_cpu():
-        return np.asarray(_predict_jit(law, theta, x))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.scaling.budgets import budgets
-from maxlm.scaling.solver import solve
+from maxlm.scaling.solver import Sum, solve
 from maxlm.schema import require
 
 FEWEST_BUDGETS, FEWEST_SIZES = 4, 4
@@ -102,6 +102,5 @@ def offset_power_law(budget, log_loss, weights):
     return solve(_power, columns, log_loss, np.broadcast_to(start, (len(log_loss), 3)), weights).theta
 
 
-def _power(theta, columns):
-    e, a, gamma = theta
-    return jnp.logaddexp(e, a - gamma * columns["budget"])
+
+_power = Sum(lambda theta, columns: (theta[0], theta[1] - theta[2] * columns["budget"]), (0, 1))

@@ -18,7 +18,7 @@ import numpy as np
 
 from maxlm.scaling import chained, envelope, isoflop, mixing
 from maxlm.scaling.runs import Runs
-from maxlm.scaling.solver import DELTA
+from maxlm.scaling.solver import DELTA, Sum
 from maxlm.schema import ConfigError, require
 
 TARGET = "target"
@@ -87,9 +87,12 @@ SHARES = (0.2, 0.5, 0.8)  # of the reducible loss that is due to the number of p
 EXPONENTS = (0.05, 0.1, 0.2, 0.35, 0.55, 0.8, 1.2)
 
 
-def _chinchilla(theta, x):
+def _chinchilla_terms(theta, x):
     e, a, b, alpha, beta = theta
-    return jnp.log(jnp.exp(e) + jnp.exp(a - alpha * x["params"]) + jnp.exp(b - beta * x["tokens"]))
+    return e, a - alpha * x["params"], b - beta * x["tokens"]
+
+
+_chinchilla = Sum(_chinchilla_terms, (0, 1, 2))
 
 
 def _chinchilla_natural(theta, centre):
@@ -107,9 +110,7 @@ def _chinchilla_starts(excess):
     ])
 
 
-def _tied(theta, x):
-    e, a, b, alpha = theta
-    return _chinchilla((e, a, b, alpha, alpha), x)
+_tied = Sum(lambda theta, x: _chinchilla_terms((*theta, theta[3]), x), (0, 1, 2))
 
 
 def _tied_natural(theta, centre):
@@ -184,10 +185,12 @@ def _check_repetition(columns):
                                      f"{ratio.max():.3g}): fit --law chinchilla instead, or add runs of several epochs")
 
 
-def _granular(theta, x):
+def _granular_terms(theta, x):
     e, g, a, b, gamma, alpha, beta = theta
-    coefficient = jnp.logaddexp(g - gamma * x["granularity"], a)
-    return jnp.logaddexp(jnp.logaddexp(e, coefficient - alpha * x["params"]), b - beta * x["tokens"])
+    return e, g - gamma * x["granularity"] - alpha * x["params"], a - alpha * x["params"], b - beta * x["tokens"]
+
+
+_granular = Sum(_granular_terms, (0, 1, 2, 3))
 
 
 def _granular_natural(theta, centre):
@@ -205,12 +208,14 @@ def _granular_starts(excess):
         np.full(len(grid), gamma), grid[:, 3], grid[:, 4]]) for share in (0.2, 0.6) for gamma in (0.3, 0.8)])
 
 
-def _sparse(theta, x):
+def _sparse_terms(theta, x):
     """1 - S, the share of parameters that a token uses, is active_params / params."""
     e, a, b, c, d, alpha, beta, lam, delta, gamma = theta
     used = x["active_params"] - x["params"]
-    terms = (e, a - alpha * x["params"], b - beta * x["tokens"], c - lam * used, d - delta * used - gamma * x["params"])
-    return functools.reduce(jnp.logaddexp, terms)
+    return e, a - alpha * x["params"], b - beta * x["tokens"], c - lam * used, d - delta * used - gamma * x["params"]
+
+
+_sparse = Sum(_sparse_terms, (0, 1, 2, 3, 4))
 
 
 def _sparse_natural(theta, centre):
@@ -283,11 +288,6 @@ def _chained_natural(theta, centre):
     return {**loss, **_sigmoid_natural(theta[..., 5:], centre)}
 
 
-def _power(theta, x, column):
-    e, a, gamma = theta
-    return jnp.logaddexp(e, a - gamma * x[column])
-
-
 def _power_natural(theta, centre, column):
     e, a, gamma = np.moveaxis(np.asarray(theta), -1, 0)
     scale = centre[TARGET]
@@ -303,8 +303,8 @@ def _power_law(name, column, symbol):
     return Law(
         name, f"power law in {column} with an offset", f"L = E + A / {symbol}^gamma",
         "Henighan et al. 2020 (arXiv:2010.14701), equation 1.1", (column,), 3, ("gamma",),
-        lambda theta, x: _power(theta, x, column), lambda theta, centre: _power_natural(theta, centre, column),
-        _power_starts, {"E": 0, "gamma": 2},
+        Sum(lambda theta, x: (theta[0], theta[1] - theta[2] * x[column]), (0, 1)),
+        lambda theta, centre: _power_natural(theta, centre, column), _power_starts, {"E": 0, "gamma": 2},
     )
 
 

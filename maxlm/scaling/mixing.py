@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from maxlm.scaling.solver import Sum
 from maxlm.schema import require
 
 PREFIX = "share_"
@@ -26,7 +27,8 @@ OFFSETS = (0.2, 0.5, 0.8, 0.95)
 
 def linear(names: tuple[str, ...]):
     """predict(theta [k], columns): the log loss; theta holds log w over the smallest loss."""
-    return lambda theta, x: jnp.log(sum(jnp.exp(theta[i]) * x[name] for i, name in enumerate(names)))
+    return Sum(lambda theta, x: tuple(theta[i] + jnp.log(x[name]) for i, name in enumerate(names)),
+               tuple(range(len(names))))
 
 
 def linear_natural(names: tuple[str, ...]):
@@ -43,10 +45,7 @@ def linear_starts(names: tuple[str, ...]):
 
 def exponential(names: tuple[str, ...]):
     """predict(theta [1 + k], columns): theta is log c over the smallest loss, and t less the log of it."""
-    def predict(theta, x):
-        return jnp.logaddexp(theta[0], sum(theta[1 + i] * x[name] for i, name in enumerate(names)))
-
-    return predict
+    return Sum(lambda theta, x: (theta[0], sum(theta[1 + i] * x[name] for i, name in enumerate(names))), (0,))
 
 
 def exponential_natural(names: tuple[str, ...]):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.scaling.solver import DELTA, huber, solve
+from maxlm.scaling.solver import DELTA, LEAST, Sum, huber, solve
 
 SLOPES = {"x": np.linspace(-1, 1, 25)}
 
@@ -45,6 +45,30 @@ def test_many_problems_are_solved_as_one_alone():
     together = solve(line, SLOPES, targets, starts)
     alone = solve(line, SLOPES, targets[66], starts[66:67])
     assert np.allclose(together.objective[66], alone.objective[0], rtol=1e-9)
+
+
+def test_a_coefficient_whose_best_value_is_0_holds_nothing_up():
+    """Losses that bend the other way than an offset can make them: the optimum is that of the line without one, and a
+    start with hardly any offset finds its way back where there is one."""
+    offset = Sum(lambda theta, x: (theta[0], theta[1] - theta[2] * x["x"]), (0, 1))
+    starts = np.array([[-1.0, -0.5, 0.3], [LEAST, 0.0, 1.0]])
+    target = 0.5 - 0.3 * SLOPES["x"] - 0.1 * SLOPES["x"] ** 2
+    found = solve(offset, SLOPES, target, starts, max_iterations=60)
+    without = solve(line, SLOPES, target, np.zeros((1, 2))).objective[0]
+    assert found.converged.all() and np.allclose(found.objective / without, 1, rtol=0, atol=1e-9)
+    assert found.theta[:, 0].max() < -15
+    bent = np.log(0.6 + 0.4 * np.exp(-0.7 * SLOPES["x"]))
+    assert np.allclose(np.exp(solve(offset, SLOPES, bent, starts).theta), np.exp([np.log(0.6), np.log(0.4), 0.7]))
+
+
+def test_a_sum_is_solved_as_any_other_function():
+    model = Sum(lambda theta, x: (theta[0], theta[1] - theta[2] * x["x"]), (0, 1))
+    target = np.log(0.6 + 0.4 * np.exp(-0.7 * SLOPES["x"])) + 0.02 * np.cos(9 * SLOPES["x"])
+    starts = np.array([[-0.5, -1.0, 0.5]])
+    found, wanted = (solve(f, SLOPES, target, starts) for f in (model, lambda theta, x: model(theta, x)))
+    other = solve(model, SLOPES, target + 0.001, starts)
+    assert np.isclose(found.objective[0], wanted.objective[0], rtol=1e-9)
+    assert np.allclose(found.theta, wanted.theta, atol=1e-5) and not np.allclose(other.theta, wanted.theta, atol=1e-5)
 
 
 def test_huber_is_continuous_at_delta():
