@@ -10,7 +10,7 @@ until that is built, and there is no multi-token prediction. So there are 676B p
 model itself has 671B and 37B.
 Hardware: float32 parameters and AdamW moments are 8.1 TB.
 For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule could reach at the chip's peaks)
-    v5p:8x8x8, 512 chips        --set mesh.expert=32 --set mesh.fsdp=16                                 56 of 103, 45%
+    v5p:8x8x8, 512 chips        --set mesh.expert=32 --set mesh.fsdp=16                                 56 of 103, 46%
     v5p:8x8x16, 1,024 chips     --set mesh.expert=128 --set mesh.fsdp=8 --set train.grad_accumulation=5 52 of 103, 49%
     7x:8x8x8, 512 chips         --set mesh.data=4 --set mesh.expert=256 --set train.grad_accumulation=5 190 of 203, 30%
 Passes over the experts' rows are what holds it back (docs/PODS.md).
