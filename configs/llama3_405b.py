@@ -11,7 +11,7 @@ For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule 
         the same in one piece, without --set train.grad_accumulation=2                                  97 of 103, 72%
     v6e:16x16, 256 chips        --set mesh.fsdp=64 --set mesh.tensor=4 --set train.grad_accumulation=32 \\
                                 --set remat.policy=full_offload --set compute.offload_optimizer=true     30 of 34, 40%
-    7x:8x8x8, 512 chips         --set mesh.fsdp=512 --set mesh.tensor=2 --set train.grad_accumulation=2 127 of 203, 53%
+    7x:8x8x8, 512 chips         --set mesh.fsdp=512 --set mesh.tensor=2 --set train.grad_accumulation=2 127 of 203, 66%
 On 256 v6e parameters and moments alone are 19 of 33 GB and a sequence's layer inputs 34, or 8.6 with tensor=4: moments
 and layer inputs wait in the hosts' memory there, 21 GB a chip, and no estimate knows the link to it.
 How long: the released weights saw 15.6T tokens, 930,000 steps of 16.8M.

@@ -12,7 +12,7 @@ For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule 
                                 --set remat.policy=dots                                                 73 of 103, 75%
         the same with full rematerialisation, --set mesh.fsdp=256                                       67 of 103, 74%
     v6e:16x16, 256 chips        --set mesh.fsdp=256 --set train.grad_accumulation=4                      30 of 34, 51%
-    7x:4x4x8, 128 chips         --set mesh.fsdp=128 --set mesh.tensor=2                                140 of 203, 48%
+    7x:4x4x8, 128 chips         --set mesh.fsdp=128 --set mesh.tensor=2                                140 of 203, 60%
     four v5p slices of 256      --set mesh.data=4 --set mesh.fsdp=256
     64 H200                     --set mesh.fsdp=64 --set train.grad_accumulation=4
 How long: 168,000 steps of 8.4M tokens are 1.4 trillion tokens, twenty a parameter (arXiv:2203.15556). At the

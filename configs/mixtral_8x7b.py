@@ -11,7 +11,7 @@ tokens instead, and needs room for an uneven load (`moe.buffer_factor`).
 For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule could reach at the chip's peaks)
     v5p:4x4x8, 128 chips        as it is                                                                53 of 103, 67%
     v6e:16x16, 256 chips        as it is                                                                 28 of 34, 44%
-    7x:4x4x4, 64 chips          --set mesh.fsdp=64 --set mesh.tensor=2                                 116 of 203, 48%
+    7x:4x4x4, 64 chips          --set mesh.fsdp=64 --set mesh.tensor=2                                 114 of 203, 52%
 How long: twenty tokens an active parameter (arXiv:2203.15556) are 258 billion, 31,000 steps.
 Reaches: not measured yet; none of these meshes has been run by us.
 

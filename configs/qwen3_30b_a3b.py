@@ -7,9 +7,9 @@
 Hardware: float32 parameters and AdamW moments are 366 GB: 8 H200 or more, or from 32 v5p on, with `mesh.expert=8` and
 `mesh.fsdp` taking the devices left.
 For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule could reach at the chip's peaks)
-    v5p:4x4x8, 128 chips        as it is                                                                74 of 103, 44%
-    v6e:8x16, 128 chips         --set remat.policy=full                                                  23 of 34, 20%
-    7x:4x4x4, 64 chips          --set mesh.fsdp=64 --set mesh.tensor=2                                 156 of 203, 17%
+    v5p:4x4x8, 128 chips        as it is                                                                74 of 103, 46%
+    v6e:8x16, 128 chips         --set remat.policy=full                                                  23 of 34, 21%
+    7x:4x4x4, 64 chips          --set mesh.fsdp=64 --set mesh.tensor=2                                 156 of 203, 27%
 Passes over the experts' rows are most of it on v6e and 7x.
 How long: twenty tokens an active parameter (arXiv:2203.15556) are 66 billion, 16,000 steps. The paper's is 36 trillion.
 Reaches: not measured yet; none of these meshes has been run by us.
