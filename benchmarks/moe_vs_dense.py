@@ -74,14 +74,17 @@ def plot(record: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for result, color in zip(record["results"], ("#c0392b", "#7a9cc6"), strict=True):
-        for run_, style in zip(result["runs"], ("-", "--", ":", "-.", "-", "--"), strict=False):
-            label = f"{result['kind']}, rate {run_['learning_rate']:g}, seed {run_['seed']}"
-            left.plot(*zip(*run_["eval_loss"], strict=True), style, color=color, label=label)
-            if run_["max_over_mean"]:
-                right.plot(*zip(*run_["max_over_mean"], strict=True), style, color=color)
-    left.set(xlabel="step", ylabel="held-out loss (nats a token)", title="equal active parameters")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    moe, dense = (result["runs"] for result in record["results"])
+    for run_, twin, style in zip(moe, dense, ("-", "--", ":", "-.", (0, (1, 3))), strict=True):
+        steps, losses = zip(*run_["eval_loss"], strict=True)
+        gap = [loss - of_twin for loss, (_, of_twin) in zip(losses, twin["eval_loss"], strict=True)]
+        left.plot(steps, gap, linestyle=style, marker=".", color="#c0392b",
+                  label=f"rate {run_['learning_rate']:g}, seed {run_['seed']}: {losses[-1]:.3f}")
+        right.plot(*zip(*run_["max_over_mean"], strict=True), linestyle=style, color="#c0392b")
+    left.set(xlabel="step", ylabel="held-out loss less the dense twin's (nats a token)",
+             title="same batches, equal active FLOPs; last loss in the legend")
+    left.axhline(0, color="black", linewidth=0.7)
     right.set(xlabel="step", ylabel="largest load over the mean, worst layer", title="bias alone, no loss")
     right.axhline(1.3, color="black", linewidth=0.7)
     right.set_yscale("log")
