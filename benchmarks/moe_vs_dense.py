@@ -1,10 +1,10 @@
 """configs/moe_tiny.py beside the dense model with the same active parameters: held-out loss, and how even the load is.
 
-    python benchmarks/moe_vs_dense.py --out OUT [--learning-rates 1e-2 1.5e-2 2e-2] [--seeds 0 1]
+    python benchmarks/moe_vs_dense.py --out OUT [--runs RATE:SEED ...]
 
-Both train on the same batches with the same settings; the dense twin's MLP is as wide as the experts of a token. Each
-is run at every learning rate with the first seed, and at the recipe's with the others. Writes OUT/record.json and
-OUT/moe_vs_dense.png; runs stay in OUT, and one that is there is not made again.
+Both train on the same batches with the same settings, once for each learning rate and seed (of weights and order of the
+data); the dense twin's MLP is as wide as the experts of a token. Writes OUT/record.json and OUT/moe_vs_dense.png; runs
+stay in OUT, and one that is there is not made again.
 """
 
 from __future__ import annotations
@@ -74,14 +74,17 @@ def plot(record: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for result, color in zip(record["results"], ("#c0392b", "#7a9cc6"), strict=True):
-        for run_, style in zip(result["runs"], ("-", "--", ":", "-.", "-", "--"), strict=False):
-            label = f"{result['kind']}, rate {run_['learning_rate']:g}, seed {run_['seed']}"
-            left.plot(*zip(*run_["eval_loss"], strict=True), style, color=color, label=label)
-            if run_["max_over_mean"]:
-                right.plot(*zip(*run_["max_over_mean"], strict=True), style, color=color)
-    left.set(xlabel="step", ylabel="held-out loss (nats a token)", title="equal active parameters")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    moe, dense = (result["runs"] for result in record["results"])
+    for run_, twin, style in zip(moe, dense, ("-", "--", ":", "-.", (0, (1, 3))), strict=True):
+        steps, losses = zip(*run_["eval_loss"], strict=True)
+        gap = [loss - of_twin for loss, (_, of_twin) in zip(losses, twin["eval_loss"], strict=True)]
+        left.plot(steps, gap, linestyle=style, marker=".", color="#c0392b",
+                  label=f"rate {run_['learning_rate']:g}, seed {run_['seed']}: {losses[-1]:.3f}")
+        right.plot(*zip(*run_["max_over_mean"], strict=True), linestyle=style, color="#c0392b")
+    left.set(xlabel="step", ylabel="held-out loss less the dense twin's (nats a token)",
+             title="same batches, equal active FLOPs; last loss in the legend")
+    left.axhline(0, color="black", linewidth=0.7)
     right.set(xlabel="step", ylabel="largest load over the mean, worst layer", title="bias alone, no loss")
     right.axhline(1.3, color="black", linewidth=0.7)
     right.set_yscale("log")
@@ -92,13 +95,10 @@ def plot(record: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-2, 1.5e-2, 2e-2])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--runs", nargs="+", default=["1e-2:0", "1.5e-2:0", "2e-2:0", "1e-2:1", "1.5e-2:1"])
     options = parser.parse_args()
-    config, first = load_config(str(CONFIG)), options.seeds[0]
-    wanted = [(rate, first) for rate in options.learning_rates]
-    wanted += [(config.optimizer.learning_rate, seed) for seed in options.seeds[1:]]
-    results = []
+    config, results = load_config(str(CONFIG)), []
+    wanted = [(float(rate), int(seed)) for rate, _, seed in (one.partition(":") for one in options.runs)]
     for kind, shape in (("moe", config), ("dense", dense_twin(config))):
         runs = {(rate, seed): run(kind, rate, seed, options.out) for rate, seed in wanted}
         results.append(summary(kind, shape, runs))

