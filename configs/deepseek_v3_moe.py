@@ -10,9 +10,9 @@ until that is built, and there is no multi-token prediction. So there are 676B p
 model itself has 671B and 37B.
 Hardware: float32 parameters and AdamW moments are 8.1 TB.
 For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule could reach at the chip's peaks)
-    v5p:8x8x8, 512 chips        --set mesh.expert=32 --set mesh.fsdp=16                                 56 of 103, 46%
-    v5p:8x8x16, 1,024 chips     --set mesh.expert=128 --set mesh.fsdp=8 --set train.grad_accumulation=5 52 of 103, 49%
-    7x:8x8x8, 512 chips         --set mesh.data=4 --set mesh.expert=256 --set train.grad_accumulation=5 190 of 203, 30%
+    v5p:8x8x8, 512 chips        --set mesh.expert=32 --set mesh.fsdp=16                                 54 of 103, 46%
+    v5p:8x8x16, 1,024 chips     --set mesh.expert=128 --set mesh.fsdp=8 --set train.grad_accumulation=5 51 of 103, 49%
+    7x:8x8x8, 512 chips         --set mesh.data=4 --set mesh.expert=256 --set train.grad_accumulation=5 180 of 203, 30%
 Passes over the experts' rows are what holds it back (docs/PODS.md).
 How long: 14.8 trillion tokens, as published, are 235,000 steps of the largest batch.
 Reaches: not measured; none of these meshes has been run by us.

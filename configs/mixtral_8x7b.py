@@ -9,9 +9,9 @@ Hardware: float32 parameters and AdamW moments are 560 GB: 8 H200 or more, or fr
 takes all devices by default, gathers a layer's eight experts and lets no token travel; `mesh.expert` (2, 4, 8) sends
 tokens instead, and needs room for an uneven load (`moe.buffer_factor`).
 For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule could reach at the chip's peaks)
-    v5p:4x4x8, 128 chips        as it is                                                                53 of 103, 67%
-    v6e:16x16, 256 chips        as it is                                                                 28 of 34, 44%
-    7x:4x4x4, 64 chips          --set mesh.fsdp=64 --set mesh.tensor=2                                 114 of 203, 52%
+    v5p:4x4x8, 128 chips        as it is                                                                59 of 103, 67%
+    v6e:16x16, 256 chips        as it is                                                                 30 of 34, 45%
+    7x:4x4x4, 64 chips          --set mesh.fsdp=64 --set mesh.tensor=2                                 115 of 203, 53%
 How long: twenty tokens an active parameter (arXiv:2203.15556) are 258 billion, 31,000 steps.
 Reaches: not measured yet; none of these meshes has been run by us.
 

@@ -9,7 +9,7 @@ of them active.
 Hardware: float32 parameters and AdamW moments are 83 GB: two H200 or more, or from 8 v5p on. `mesh.expert` splits the
 experts (1, 2, 4, ... 64), `mesh.fsdp` takes the devices left.
 For example (`maxlm compile`: GB a chip, and the MFU that the compiled schedule could reach at the chip's peaks)
-    v6e:4x4, 16 chips           --set train.grad_accumulation=4 --set remat.policy=full                  31 of 34, 26%
+    v6e:4x4, 16 chips           --set train.grad_accumulation=4 --set remat.policy=full                  31 of 34, 27%
     v5p:2x2x4, 16 chips         --set train.grad_accumulation=8 --set remat.policy=dots                 49 of 103, 53%
     v5e:8x8, 64 chips           --set train.grad_accumulation=4 --set remat.policy=full                  10 of 17, 37%
 Passes over the experts' rows are most of it on v6e.
