@@ -36,12 +36,14 @@ def parse_name(text: str, hosts: Sequence[str] = (), bare: Sequence[str] = ()) -
     bare: what else the command takes, for the message. Raises ConfigError, with the nearest name or the right form.
     """
     kind, _, shape = text.lower().partition(":")
-    kind = _ALIASES.get(kind, kind)
+    written, kind = kind, _ALIASES.get(kind, kind)
     known = [*TPUS, *hosts, *bare]
     if kind not in TPUS and kind not in hosts:
+        if kind in bare:
+            raise ConfigError(f"--topology {text}: {kind} takes no sizes: write --topology {kind}")
         near = difflib.get_close_matches(kind, known, n=1)
-        raise ConfigError(f"--topology {text}: {kind!r} is not known{f', did you mean {near[0]!r}' if near else ''}; "
-                          f"known: {', '.join(known)}")
+        meant = f", did you mean {near[0]!r}" if near else ""
+        raise ConfigError(f"--topology {text}: {written!r} is not known{meant}; known: {', '.join(known)}")
     example = f"{kind}:{_TORUS[TPUS[kind].dims] if kind in TPUS else '4x8'}"
     require(bool(re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape)), f"--topology {text} must be like {example}")
     sizes = tuple(int(size) for size in shape.split("x"))

@@ -43,7 +43,7 @@ class PrecisionConfig:
 class RematConfig:
     """What a layer keeps for its backward pass: all of it ('none'), its input alone ('full'), beside it the results of
     attention and of the MLP's first products ('names'), or those and the results of all other matrix products
-    ('dots'), so that only norms, rotations and activations are computed again.
+    ('dots'), so that only norms, rotations, activations, routers and the experts' rows are computed again.
 
     full_offload, names_offload: what these keep waits in the host's memory (docs/PIPELINE.md).
     stage: with mesh.stage, a stage keeps its input alone, and all of its layers while a microbatch goes back through

@@ -49,7 +49,7 @@ def rounded_and_turned_by_parts(x: jax.Array, factor: jax.Array, dtype: jnp.dtyp
     def local(x, factor):
         first, last = x.shape[:count], x.shape[count:]
         M, N = math.prod(first), math.prod(last)
-        if _fits(M, N):
+        if _fits(M, N, x.size):
             values, by_last = round_tiles(x.reshape(M, N), factor, dtype)
         else:
             values = rounded(x.reshape(M, N), factor, dtype)
@@ -87,14 +87,14 @@ def _row_major(a):
 
 def _by_nvidia(x):
     (M, N) = x.shape[-2:]
-    if not _fits(M, N):
+    if not _fits(M, N, x.size):
         return _by_xla(x)
     return swap_tiles(x.reshape(-1, M, N)).reshape(*x.shape[:-2], N, M)
 
 
-def _fits(M, N):
-    """Smaller tiles would be slower than XLA's loops."""
-    return min(math.gcd(M, TILE), math.gcd(N, TILE)) >= 64
+def _fits(M, N, size):
+    """Smaller tiles would be slower than XLA's loops, and offsets have 32 bits, one of them a sign."""
+    return min(math.gcd(M, TILE), math.gcd(N, TILE)) >= 64 and size <= 2**31
 
 
 def swap_tiles(x_BMN: jax.Array, *, interpret: bool = False) -> jax.Array:

@@ -81,7 +81,10 @@ def use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
 def use_apart(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """`use` for an operand of a kernel: XLA for GPUs casts a stack of layers at once where it can (its slice-sinker),
     and copies each layer out of the result for the backward pass's kernels. A product with a 1 that it does not see
-    through keeps the layers apart."""
+    through keeps the layers apart. Not in a pipeline, whose ticks would keep it (model/transformer.py)."""
+    staged = has_mesh() and jax.sharding.get_abstract_mesh().shape["stage"] > 1
+    if staged or param[...].dtype == dtype:
+        return use(param, dtype)
     value = _cast_apart(param[...], dtype)
     return jax.sharding.reshard(value, spec(param.dims, COMPUTE)) if has_mesh() else value
 

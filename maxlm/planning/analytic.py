@@ -151,7 +151,7 @@ def _wire_bytes(config: RunConfig, axes: Mapping[str, int], share: Share, chip: 
         moved["context"] = share.microbatches * trips * HALF * share.tokens * keys * (axes["context"] - 1)
     if share.expert > 1 and model.num_experts:  # there and back, and the gradients of both
         layers = model.num_layers - model.moe.dense_layers
-        trips = 4 + (2 if config.remat.policy == "full" else 0)
+        trips = 4 + (2 if config.remat.policy.removesuffix("_offload") == "full" else 0)
         moved["expert"] = (share.microbatches * trips * layers * HALF * share.tokens * model.hidden_dim
                            * _rows_sent(config, share, chip))
     return moved

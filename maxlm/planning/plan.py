@@ -76,13 +76,14 @@ def plan(config: RunConfig, target: Target, *, confirm: int = 4, most: int = 10,
     with ThreadPoolExecutor(workers) as pool:
         running: dict[Future, Candidate] = {}
         while True:
-            enough = sum(c.fits for c in confirmed) + len(running) >= confirm or len(confirmed) + len(running) >= most
+            tried = len(confirmed) + len(running)  # as many again are tried with the host's memory
+            enough = sum(c.fits for c in confirmed) + len(running) >= confirm or tried >= most * (1 + asked_host)
             late = time.monotonic() - clock > seconds
             candidate = None if enough or late or len(running) >= workers else search.next()
             if candidate is not None:
                 running[pool.submit(_compile, candidate, target)] = candidate
                 continue
-            if not (enough or late or running or asked_host or any(c.fits for c in confirmed)):
+            if not (late or running or asked_host or any(c.fits for c in confirmed)):
                 asked_host, offloaded = True, candidates(config, target, offload=True)
                 search.waiting = _hopeful(offloaded, target)
                 if not search.waiting and not confirmed:
@@ -90,6 +91,8 @@ def plan(config: RunConfig, target: Target, *, confirm: int = 4, most: int = 10,
                 tell(f"nothing fits on the chips alone; {len(search.waiting):,} layouts may with the host's memory")
                 continue
             if not running:
+                if late and not asked_host and not any(c.fits for c in confirmed):
+                    tell("time is up: layouts with the host's memory were not tried")
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -107,7 +110,7 @@ def _hopeful(found: list[Candidate], target: Target) -> list[Candidate]:
 def _compile(candidate: Candidate, target: Target) -> Confirmed:
     try:
         return Confirmed(candidate, compile_report(candidate.config, target))
-    except CompileError as error:
+    except (CompileError, ConfigError) as error:
         return Confirmed(candidate, None, str(error))
 
 

@@ -13,11 +13,12 @@ from maxlm.hardware import Chip
 # gemm: products inside a training step, where the chip is at its power limit: 989 TFLOP/s times what makes
 # llama3_2_1b_h200_bf16.json (504 ms a step) and 8 layers of Llama 3 8B (docs/FP8.md, 684 ms) come out right together,
 # against 0.80 for one product alone. fp8: the same from the fp8 rows of docs/FP8.md. grouped: the kernels' own figures
-# in grouped_matmul_h100.json, less what products lose inside a step (bf16: 665 of 794; FP8: 1200 of 1428).
+# in grouped_matmul_h100.json and, for 8-bit gradients of weights, docs/LOG.md (2026-11-26), less what products lose
+# inside a step (665 of the 794 TFLOP/s in bf16 of primitives_h100.json).
 _HOPPER_GEMM, _HOPPER_FP8 = 665e12 / 989e12, 1200e12 / 1979e12
 _HOPPER_ATTENTION = {64: (396e12, 337e12), 128: (501e12, 420e12)}  # head_dim -> forward, backward; of a causal half
 _HOPPER_GROUPED = (0.84 * 709e12, 0.84 * 698e12)  # forward, both gradients
-_HOPPER_GROUPED_FP8 = (0.84 * 1281e12, 0.84 * 1253e12)
+_HOPPER_GROUPED_FP8 = (0.84 * 1281e12, 0.84 * 1178e12)
 _HOPPER_COPY = 3.03e12 / 3350e9  # of the data sheet's bandwidth
 _HOPPER_FABRIC = 315e9 / 450e9
 # A layer scan stacks what it keeps for the backward pass and slices it again: the passes over those bytes that make the

@@ -86,10 +86,10 @@ def _candidate(config: RunConfig, target: Target, axes: dict[str, int], rows: in
     train = replace(config.train, grad_accumulation=accumulation)
     try:
         check_divisible(SimpleNamespace(shape=axes), replace(config, train=train))
+        laid_out = replace(config, mesh=MeshConfig(**axes), train=train, remat=replace(config.remat, policy=policy),
+                           compute=replace(config.compute, offload_optimizer=offload_optimizer))
     except ConfigError:
         return None
-    laid_out = replace(config, mesh=MeshConfig(**axes), train=train, remat=replace(config.remat, policy=policy),
-                       compute=replace(config.compute, offload_optimizer=offload_optimizer))
     values = {f"mesh.{axis}": axes[axis] for axis in ("data", "fsdp", "expert", "context", "tensor")}
     values |= {"train.grad_accumulation": accumulation, "remat.policy": policy,
                "compute.offload_optimizer": offload_optimizer}
@@ -102,7 +102,8 @@ def why_none(config: RunConfig, target: Target, found: list[Candidate]) -> str:
     """One line: why no candidate can be, and what would make one possible."""
     train = config.train
     if not found:
-        fewest = min((axes["data"] * axes["fsdp"] * axes["expert"] for axes in _meshes(config, target)), default=0)
+        split = ("data", "stage", "fsdp", "expert")
+        fewest = min((math.prod(axes[axis] for axis in split) for axes in _meshes(config, target)), default=0)
         return (f"no mesh of {target.num_devices} devices divides this config: train.global_batch_size="
                 f"{train.global_batch_size} must be a multiple of the devices that split the batch, {fewest} or more "
                 "here: change it to such a multiple, or take fewer chips")

@@ -109,7 +109,6 @@ class Traffic:
         bandwidth = chip.ici_bytes_per_second / chip.ici_links * min(used, chip.ici_links) / chip.devices_per_chip
         return wire / (bandwidth * self.efficiency), dcn
 
-
     def _permute(self, wire: float, pairs: tuple[tuple[int, ...], ...]) -> tuple[float, float, frozenset[str]]:
         """`_seconds` of a permutation, by the busiest link, and the directions that it uses."""
         chip, layout = self.chip, self.layout

@@ -102,5 +102,4 @@ def offset_power_law(budget, log_loss, weights):
     return solve(_power, columns, log_loss, np.broadcast_to(start, (len(log_loss), 3)), weights).theta
 
 
-
 _power = Sum(lambda theta, columns: (theta[0], theta[1] - theta[2] * columns["budget"]), (0, 1))

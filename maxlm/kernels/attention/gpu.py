@@ -20,7 +20,8 @@ from maxlm.kernels.attention.cudnn_call import Call, ragged
 # statistics grow with it.
 SEGMENTS = 16
 # Bytes that a ragged backward call may work in: it takes two float32 copies of q as if every document filled a row
-# (17.2 GB for 8 rows of 4096 and 32 heads of 128; docs/LOG.md, 2026-11-26). Beyond, rows are taken in parts.
+# (17.2 GB for 8 rows of 4096 and 32 heads of 128; docs/LOG.md, 2026-11-26). Beyond, rows are taken in parts, one row at
+# the least. A part with more than `SEGMENTS` documents a row takes the call with a bias for the whole backward pass.
 WORKSPACE = 2**32
 
 

@@ -4,7 +4,8 @@ One warpgroup of a multiprocessor copies tiles of the operands into shared memor
 ahead into the next tile of the result while the other two multiply and store. Each group's rows are a multiple of ROWS,
 so that no tile of the result, and no step of a weight's gradient, holds rows of two groups: nothing is masked.
 
-Operands are bfloat16 (or float16), or of 8 bits; accumulation is float32 in the tensor cores' own precision. The units
+Operands are bfloat16 (or float16), or of 8 bits; accumulation is float32 in the tensor cores' own precision, and for
+8-bit gradients of weights in registers (`Tiles.promoted`). The units
 take operands of 8 bits only with what is summed over in the last dim.
 """
 

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-TOKENS, COLUMNS, ROWS = 8, 512, 64  # at most, of a program: what ran fastest on an H200 (docs/MOE.md)
+TOKENS, COLUMNS, ROWS = 8, 512, 64  # at most, of a program: what ran fastest on an H200
 TURNED = 128, 256  # rows and columns, at most, of a program that turns them
 MOST = 2**31  # numbers that the kernel's 32-bit offsets reach
 
 
 def fits(x_ND: jax.Array, choice_R: jax.Array) -> bool:
     """Whether blocks are wide enough to be worth it: Triton's have powers of two."""
-    return math.gcd(x_ND.shape[1], COLUMNS) >= 64 and choice_R.size * x_ND.shape[1] <= MOST
+    return math.gcd(x_ND.shape[1], COLUMNS) >= 64 and max(choice_R.size, len(x_ND)) * x_ND.shape[1] <= MOST
 
 
 def scatter_tokens(x_ND: jax.Array, choice_R: jax.Array, row_NK: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -63,7 +63,7 @@ def scatter_tokens(x_ND: jax.Array, choice_R: jax.Array, row_NK: jax.Array, *, i
 
 def fits_turned(x_ND: jax.Array, choice_R: jax.Array) -> bool:
     R, D = choice_R.size, x_ND.shape[1]
-    return min(math.gcd(R, TURNED[0]), math.gcd(D, TURNED[1])) >= 64 and R * D <= MOST
+    return min(math.gcd(R, TURNED[0]), math.gcd(D, TURNED[1])) >= 64 and max(R, len(x_ND)) * D <= MOST
 
 
 def gather_turned(x_ND: jax.Array, choice_R: jax.Array, choices: int, *, interpret: bool = False) -> jax.Array:
