@@ -91,3 +91,16 @@ def test_a_weight_cast_apart_is_the_same_weight(sizes):
     assert same == [[True, True], [False, False]]
     jaxpr = jax.make_jaxpr(lambda w: use_apart(nnx.Param(w, dims=dims), "bfloat16"))(weight)
     assert "optimization_barrier" in str(jaxpr)
+
+
+def test_a_pipeline_keeps_no_cast_of_experts():
+    """Its ticks keep what is not a cast, a slice or a gather: a product with a hidden 1 would stay (transformer.py)."""
+    weight = jnp.ones((8, 16, 4), jnp.float32)
+    dims = ("experts", "expert_embed", "expert_mlp")
+
+    def casts(config):
+        with jax.set_mesh(make_mesh(config, jax.devices()[:2])):
+            return str(jax.make_jaxpr(lambda w: use_apart(nnx.Param(w, dims=dims), "bfloat16"))(weight))
+
+    found = ["optimization_barrier" in casts(config) for config in (MeshConfig(stage=2), MeshConfig(fsdp=2))]
+    assert found == [False, True]
