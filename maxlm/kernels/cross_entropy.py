@@ -155,7 +155,7 @@ def _chunk(x_BTD, targets_BT, *, w_VD, first, z_loss, softcap, gradients, over_v
 def two_passes(logits_BTV: jax.Array, targets_BT: jax.Array, over: str | None):
     """[B, T] each: the largest logit, the sum of exponentials relative to it, and the target's logit, 0 where there is
     none. over: the mesh axis along which more of the vocabulary lies; targets count from this part's first."""
-    total = functools.partial(jax.lax.psum, axis_name=over) if over else (lambda a: a)
+    total = (lambda a: jax.lax.psum(a, over)) if over else (lambda a: a)
     peak_BT = jnp.max(logits_BTV, axis=-1)
     peak_BT = jax.lax.pmax(peak_BT, over) if over else peak_BT
     mass_BT = total(jnp.sum(jnp.exp(logits_BTV - peak_BT[..., None]), axis=-1))
