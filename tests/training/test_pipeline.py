@@ -17,12 +17,10 @@ from maxlm.parallel.mesh import check_divisible, make_mesh, pipeline_told
 from maxlm.parallel.pipeline import bubble_share, pipelined
 from maxlm.parallel.sharding import BATCH
 from maxlm.schema import ConfigError
-from maxlm.training.loss import summed_loss
 from maxlm.training.state import abstract_state, init_state
-from maxlm.training.step import abstract_batch
 from tests.training import tiny
 from tests.training.runs import prepared, rows_of, train, write_config
-from tests.training.tiny import LENGTH, ROWS, furthest, host_batch, leaves, run_steps, tiny_config
+from tests.training.tiny import LENGTH, ROWS, furthest, host_batch, leaves, loops_of_gradient, run_steps, tiny_config
 
 # float32, ten steps at learning rate 1e-3: at 1e-2 these models part after five steps on any mesh, by a router's tie or
 # because sixteen layers of weights like these blow rounding up
@@ -233,22 +231,8 @@ def test_a_run_goes_on_with_other_stages(tmp_path, capsys):
 def kept_by_ticks(policy, ticks, **compute):
     """Bytes, of all devices of a stage, that the loop over ticks keeps for the backward pass."""
     config = settings("deep", mesh=dict(stage=2), remat=dict(policy=policy), compute=compute)
-    mesh = make_mesh(config.mesh, jax.devices()[:2])
-
-    def loops(jaxpr):
-        for equation in jaxpr.eqns:
-            inner = [getattr(p, "jaxpr", p) for p in equation.params.values()]
-            yield from (found for p in inner if hasattr(p, "eqns") for found in loops(p))
-            if equation.primitive.name == "scan" and equation.params["length"] == ticks:
-                kept = [v.aval for v in equation.outvars if v.aval.shape[:1] == (ticks,)]  # the others are carried on
-                yield sum(aval.size * aval.dtype.itemsize for aval in kept)
-
-    def loss(params, batch):
-        return summed_loss(params, batch, z_loss=0.0, chunks=1)[0].loss
-
-    with jax.set_mesh(mesh):
-        traced = jax.jit(jax.grad(loss)).trace(abstract_state(config, mesh).params, abstract_batch(config, mesh))
-    return max(loops(traced.jaxpr.jaxpr))
+    kept = [[a for a in given if a.shape[:1] == (ticks,)] for given in loops_of_gradient(config, 2, ticks)]
+    return max(sum(a.size * a.dtype.itemsize for a in stacked) for stacked in kept)  # the others are carried on
 
 
 @pytest.mark.parametrize(("policy", "layers"), [("stage", 1), ("full", 2)])

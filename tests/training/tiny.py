@@ -11,8 +11,9 @@ from maxlm.config import RunConfig
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import batch_sharding
 from maxlm.schema import from_dict
+from maxlm.training.loss import summed_loss
 from maxlm.training.state import TrainState, abstract_state, init_state
-from maxlm.training.step import StepMetrics, compile_step
+from maxlm.training.step import StepMetrics, abstract_batch, compile_step
 
 VOCAB, ROWS, LENGTH = 96, 16, 16
 
@@ -89,3 +90,22 @@ def placed(arrays: list[np.ndarray], like: TrainState) -> TrainState:
 
 def furthest(a: list[np.ndarray], b: list[np.ndarray]) -> float:
     return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True))
+
+
+def loops_of_gradient(config: RunConfig, devices: int, turns: int) -> list[list[jax.core.ShapedArray]]:
+    """What each loop of `turns` turns gives in the trace of the loss's gradient: the forward one, what is kept too."""
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+
+    def loops(jaxpr):
+        for equation in jaxpr.eqns:
+            inner = [getattr(p, "jaxpr", p) for p in equation.params.values()]
+            yield from (found for p in inner if hasattr(p, "eqns") for found in loops(p))
+            if equation.primitive.name == "scan" and equation.params["length"] == turns:
+                yield [v.aval for v in equation.outvars]
+
+    def loss(params, batch):
+        return summed_loss(params, batch, z_loss=0.0, chunks=1)[0].loss
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(loss)).trace(abstract_state(config, mesh).params, abstract_batch(config, mesh))
+    return list(loops(traced.jaxpr.jaxpr))
