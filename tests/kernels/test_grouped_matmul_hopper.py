@@ -1,12 +1,14 @@
 """The Hopper kernels without a GPU: their results in Pallas' interpreter, and that they lower for CUDA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from maxlm.kernels.grouped_matmul import grouped_matmul, hopper
+from maxlm.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, hopper, persistent
 
 E, ROWS, WIDTH, HIDDEN = 3, 512, 128, 256
 UNEVEN, ONE_TAKES_ALL, NONE = (128, 0, 256), (0, 384, 0), (0, 0, 0)
@@ -17,7 +19,7 @@ newer = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX's in
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setattr(hopper, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(persistent, "MULTIPROCESSORS", 2)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         yield
 
@@ -41,6 +43,10 @@ def product_of(a_RK, b_EKN, sizes):
 def weights_of(a_RM, b_RN, sizes):
     ends = np.cumsum(sizes)
     return np.stack([a_RM[end - size : end].T @ b_RN[end - size : end] for end, size in zip(ends, sizes, strict=True)])
+
+
+def relative(got, wanted):
+    return np.linalg.norm(exact(got) - exact(wanted)) / np.linalg.norm(exact(wanted))
 
 
 def near(got, wanted):
@@ -87,12 +93,38 @@ def test_sums_in_parts_of_8_bits(interpreted):
     x, g = draw(2, (WIDTH, ROWS), E4M3), draw(3, (WIDTH, ROWS), E5M2)
     sizes = jnp.asarray(UNEVEN, jnp.int32)
     for promoted, halved in ((1, "columns"), (2, "rows")):
-        tiles = hopper.Tiles(128, 128, halved, 3, promoted=promoted)
+        tiles = persistent.Tiles(128, 128, halved, 3, promoted=promoted)
         out = hopper.grouped_product(((a, b),), sizes, b_last=True, tiles=tiles)
         dw = hopper.grouped_weights(x, g, sizes, rows_last=True, tiles=tiles)
         assert near(out, product_of(exact(a), exact(b).transpose(0, 2, 1), UNEVEN))
         assert near(dw, weights_of(exact(x).T, exact(g).T, UNEVEN))
     assert not near(out, product_of(exact(a), exact(b).transpose(0, 2, 1), (0, 128, 256)))
+
+
+@newer
+@pytest.mark.parametrize("hidden", [128, 512])
+def test_swiglu_and_its_gradients(interpreted, hidden):
+    """As what it is made of says, in float32; also for pairs of multiprocessors (512). Rows behind are zeros."""
+    sizes = jnp.asarray(UNEVEN, jnp.int32)
+    held = (jnp.arange(ROWS) < sum(UNEVEN))[:, None]
+    x, g = (jnp.where(held, draw(seed, (ROWS, WIDTH), jnp.bfloat16), 0) for seed in (0, 1))
+    gate, up = (draw(seed, (E, WIDTH, hidden), jnp.bfloat16) / 16 for seed in (2, 3))
+    down, weight_R = draw(4, (E, hidden, WIDTH), jnp.bfloat16), jax.random.uniform(jax.random.key(5), (ROWS,))
+
+    def apart(x, weights, weight_R, activate=jax.nn.silu):
+        gate_RF, up_RF = (jax.lax.ragged_dot(x, w, sizes) for w in weights[:2])
+        return jax.lax.ragged_dot(activate(gate_RF) * up_RF * weight_R[:, None], weights[2], sizes)
+
+    def both(function, dtype):
+        cast = functools.partial(jax.tree.map, lambda a: a.astype(dtype))
+        out, pull = jax.vjp(function, cast(x), cast((gate, up, down)), weight_R)
+        return jax.tree.leaves((out, pull(cast(g))))
+
+    got = both(lambda x, weights, weight_R: grouped_swiglu(x, weights, weight_R, sizes, "mosaic_gpu"), jnp.bfloat16)
+    for a, b in zip(got, both(apart, jnp.float32), strict=True):
+        assert relative(a, b) < 0.01
+    for a, b in zip(got, both(functools.partial(apart, activate=jax.nn.gelu), jnp.float32), strict=True):
+        assert relative(a, b) > 0.01
 
 
 @pytest.mark.parametrize("hidden", [256, 384])
@@ -107,6 +139,12 @@ def test_kernels_lower_for_cuda(hidden):
     def eight_bit(x, w, sizes):
         return hopper.grouped_product(((x, w),), sizes, b_last=True)
 
-    for function, *operands in ((gradient, x, w), (eight_bit, shape(x.shape, E4M3), shape((E, hidden, WIDTH), E4M3))):
+    def swiglu(x, w, sizes):
+        weights, weight_R = (w, w, w.swapaxes(1, 2)), jnp.ones(ROWS)
+        return jax.grad(lambda x, weights: jnp.sum(grouped_swiglu(x, weights, weight_R, sizes, "mosaic_gpu")),
+                        (0, 1))(x, weights)
+
+    w8 = shape((E, hidden, WIDTH), E4M3)
+    for function, *operands in ((gradient, x, w), (swiglu, x, w), (eight_bit, shape(x.shape, E4M3), w8)):
         lowered = jax.jit(function).trace(*operands, shape((E,), jnp.int32)).lower(lowering_platforms=("cuda",))
         assert "mosaic_gpu" in lowered.as_text()

@@ -20,7 +20,7 @@ from maxlm.numerics import Fp8, Plain
 from maxlm.parallel.sharding import Dims
 
 __all__ = ["GROUP_MULTIPLE", "ROW_MULTIPLE", "Plan", "choose_grouped_matmul", "collect", "collected_product",
-           "grouped_matmul", "spread", "spread_products"]
+           "grouped_matmul", "grouped_swiglu", "has_swiglu", "spread", "spread_products"]
 
 # what each group's rows must be padded to
 GROUP_MULTIPLE = {"blocks": BLOCK, "ragged_dot": 1, "mosaic_gpu": 128, "mosaic_tpu": 1}
@@ -47,6 +47,21 @@ def grouped_matmul(x_RD: jax.Array, weights: tuple[jax.Array, ...], sizes_E: jax
 
         return tuple(mosaic_tpu_matmul(x_RD, w_EDF, sizes_E) for w_EDF in weights)
     raise ValueError(f"grouped_matmul implementation {implementation!r} is not one of {sorted(GROUP_MULTIPLE)}")
+
+
+def has_swiglu(numerics: Plain | Fp8, implementation: str) -> bool:
+    """Whether there is a `grouped_swiglu`."""
+    return isinstance(numerics, Plain) and implementation == "mosaic_gpu"
+
+
+def grouped_swiglu(x_RD: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array], weight_R: jax.Array,
+                   sizes_E: jax.Array, implementation: str) -> jax.Array:
+    """Rows through the SwiGLU of their groups, weights (gate and up [E, D, F], down [E, F, D]), times weight_R
+    (float32): [R, D]; 0 behind the last group. Units and their gradients are made inside of the products' kernels."""
+    assert implementation == "mosaic_gpu", implementation
+    from maxlm.kernels.grouped_matmul.mosaic_gpu import mosaic_gpu_swiglu  # Pallas is slow to import
+
+    return mosaic_gpu_swiglu(x_RD, weights, weight_R, sizes_E)
 
 
 def spread_products(numerics: Plain | Fp8, implementation: str, dims: Dims | None, x_ND: jax.Array, plan: Plan,

@@ -1,54 +1,24 @@
-"""Grouped products on Hopper GPUs: persistent kernels of three warpgroups, in Pallas-Mosaic.
-
-One warpgroup of a multiprocessor copies tiles of the operands into shared memory, round a ring of stages, and runs
-ahead into the next tile of the result while the other two multiply and store. Each group's rows are a multiple of ROWS,
-so that no tile of the result, and no step of a weight's gradient, holds rows of two groups: nothing is masked.
+"""Grouped products on Hopper GPUs. Each group's rows are a multiple of ROWS, so that no piece of the result, and no
+step of a weight's gradient, holds rows of two groups: nothing is masked.
 
 Operands are bfloat16 (or float16), or of 8 bits; accumulation is float32 in the tensor cores' own precision, and for
-8-bit gradients of weights in registers (`Tiles.promoted`). The units
-take operands of 8 bits only with what is summed over in the last dim.
+8-bit gradients of weights in registers (`Tiles.promoted`). The units take operands of 8 bits only with what is summed
+over in the last dim.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from maxlm.kernels.grouped_matmul.persistent import SQUARE, Part, Piece, Pieces, Tiles, kernel, run, varying
 
 ROWS = 128  # every group's rows are a multiple of this
-MULTIPROCESSORS = 132  # of an H100 or H200; with fewer, two programs share one
-LOADER, LOADER_REGISTERS, MULTIPLIER_REGISTERS = 2, 40, 232  # of 512 a thread of each of four warps
-PIECE = 64  # rows and columns of the result that leave through shared memory at a time
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """A multiprocessor's piece of the result, rows x columns, which two warpgroups halve along `halved`; and how many
-    pieces of `depth` bytes of what is summed over are under way.
-
-    promoted: pieces after which a sum in the tensor cores, short of float32 for 8-bit operands (arXiv:2412.19437,
-    section 3.5.2), is added to one in registers, which then hold both; 0: never.
-    """
-
-    rows: int
-    columns: int
-    halved: Literal["rows", "columns"]
-    stages: int
-    depth: int = 128
-    promoted: int = 0
-
-    @property
-    def half(self) -> tuple[int, int]:
-        if self.halved == "rows":
-            return self.rows // 2, self.columns
-        return self.rows, self.columns // 2
 
 
 def _product_tiles(columns: int) -> Tiles:
@@ -60,29 +30,8 @@ def _weights_tiles(columns: int, eight_bit: bool) -> Tiles:
     """8-bit sums over all rows of a group are promoted, as those of dense layers are (numerics/fp8.py): of numbers of
     one sign they were 6 to 12% off, and are 0.2% so, at 1,156 instead of 1,531 TFLOP/s."""
     if eight_bit:
-        return Tiles(128, 128, "columns", 4, promoted=1)
+        return Tiles(128, 128, "rows", 6, promoted=1)
     return Tiles(128, 256, "rows", 4) if columns % 256 == 0 else Tiles(128, 128, "columns", 6)
-
-
-class _Copy(NamedTuple):
-    """`steps` steps of a sum, and the slices of the operands at each."""
-
-    steps: Any
-    left: Callable[[Any], Any]
-    right: Callable[[Any], Any]
-
-
-class _Work(NamedTuple):
-    """A piece of the result: the sums that it is made of, one after the other, what it is multiplied with (a function,
-    because one warpgroup does not need it), and where it goes."""
-
-    sums: tuple[_Copy, ...]
-    scale: Callable[[], Any] | None
-    out: Any
-
-    @property
-    def steps(self) -> Any:
-        return sum(part.steps for part in self.sums)
 
 
 def grouped_product(pairs: Sequence[tuple[jax.Array, jax.Array]], sizes_E: jax.Array,
@@ -93,43 +42,81 @@ def grouped_product(pairs: Sequence[tuple[jax.Array, jax.Array]], sizes_E: jax.A
 
     sizes_E: int32, multiples of ROWS. K: a multiple of 128 bytes, N: of 128.
     """
-    R, E = pairs[0][0].shape[0], sizes_E.size
-    N = pairs[0][1].shape[1 if b_last else 2]
-    tiles = tiles or _product_tiles(N)
-    depth = tiles.depth // pairs[0][0].dtype.itemsize
+    scales = () if scale_E is None else (jnp.append(scale_E.astype(jnp.float32), 0.0),)  # 0 behind the last group
+
+    def early(refs, group, rows):
+        return [scale_gmem[group] for scale_gmem in refs]
+
+    def results(scale, beside, total):
+        yield 0, 0, total * scale[0] if scale else total
+
+    (out_RN,) = over_rows([(a, (b,)) for a, b in pairs], sizes_E, scales, early, results, 1, b_last=b_last,
+                          tiles=tiles or _product_tiles(pairs[0][1].shape[1 if b_last else 2]))
+    return out_RN
+
+
+def over_rows(parts: Sequence[tuple[jax.Array, tuple[jax.Array, ...]]], sizes_E: jax.Array,
+              extras: Sequence[jax.Array], early: Callable, results: Callable, outputs: int, *, b_last: bool,
+              tiles: Tiles, beside: tuple[jax.Array, jax.Array] | None = None) -> list[jax.Array]:
+    """`outputs` arrays [R, N] made of sums of grouped products: sum i is that over parts (a, bs) of a's rows with
+    bs[i]. `early(refs of extras, group, rows)` reads what `results(early, beside, *sums)` needs for a slice of rows;
+    the group is E behind the last. It yields (output, first column, array), in squares of SQUARE at least.
+
+    beside: two arrays [R, N] in a's dtype, of which results' `beside(i)` gives the i-th SQUARE columns of a warpgroup's
+    rows ('rows' halved); there is then one more output, [N / columns, R] in float32, which results yields rows of.
+    tiles.columns: of each sum.
+    """
+    (a, bs), E = parts[0], sizes_E.size
+    R, N, depth = a.shape[0], bs[0].shape[1 if b_last else 2], tiles.depth // a.dtype.itemsize
     assert tiles.rows == ROWS and R % ROWS == 0 and N % tiles.columns == 0, (R, N, tiles)
-    assert all(a.shape[1] % depth == 0 and b.shape[0] == E for a, b in pairs), [a.shape for a, _ in pairs]
-    across = N // tiles.columns
+    assert all(a.shape[1] % depth == 0 and b.shape[0] == E for a, bs in parts for b in bs), [a.shape for a, _ in parts]
+    across, beside = N // tiles.columns, beside or ()
+    assert not beside or (b_last and depth == SQUARE and tiles.halved == "rows" and tiles.columns >= ROWS), tiles
     end_E = jnp.cumsum(sizes_E) // ROWS
     group_t = jnp.sum(jnp.arange(R // ROWS)[:, None] >= end_E[None], axis=1, dtype=jnp.int32)  # E: behind the last
-
-    scales = () if scale_E is None else (jnp.append(scale_E.astype(jnp.float32), 0.0),)
+    shapes = [_out((R, N), a.dtype)] * outputs + [jax.ShapeDtypeStruct((across, R), jnp.float32)] * bool(beside)
 
     def body(group_gmem, *refs):
-        (*scale_gmem,), refs = refs[: len(scales)], refs[len(scales) :]
-        operands, (out_gmem, *scratch) = refs[: 2 * len(pairs)], refs[2 * len(pairs) :]
+        refs = iter(refs)
+        extra_gmem, operands = [next(refs) for _ in extras], [(next(refs), [next(refs) for _ in bs]) for _ in parts]
+        beside_gmem, out_gmem = [next(refs) for _ in beside], [next(refs) for _ in shapes]
 
-        def work(t: Any) -> _Work:
-            down = lax.div(t, across)
-            group = group_gmem[down]
-            rows = pl.ds(down * ROWS, ROWS)
-            columns = pl.ds(lax.rem(t, across) * tiles.columns, tiles.columns)
+        def piece(t: Any, scalars: tuple) -> Piece:
+            (group,), down, along = scalars, lax.div(t, across), lax.rem(t, across)
+            rows, columns = pl.ds(down * ROWS, ROWS), pl.ds(along * tiles.columns, tiles.columns)
 
-            def one(a_gmem, b_gmem):
+            def one(a_gmem, bs_gmem):
                 summed = lambda k: pl.ds(k * depth, depth)  # noqa: E731
                 b_tile = (lambda k: (columns, summed(k))) if b_last else (lambda k: (summed(k), columns))
                 steps = lax.select(group < E, a_gmem.shape[1] // depth, 0)
-                return _Copy(steps, lambda k: a_gmem.at[rows, summed(k)], lambda k: b_gmem.at[(group, *b_tile(k))])
+                return Part(steps, lambda k: a_gmem.at[rows, summed(k)],
+                             tuple(lambda k, b_gmem=b_gmem: b_gmem.at[(group, *b_tile(k))] for b_gmem in bs_gmem))
 
-            scale = (lambda: scale_gmem[0][group]) if scales else None
-            return _Work(tuple(map(one, operands[::2], operands[1::2])), scale, out_gmem.at[rows, columns])
+            def stored(early, beside, here, columns_here, *sums):
+                for output, first, result in results(early, beside, *sums):
+                    if result.ndim == 1:
+                        yield result, out_gmem[output].at[along, rows].at[here]
+                    else:
+                        place = out_gmem[output].at[rows, columns].at[here, columns_here]
+                        yield result, place.at[:, pl.ds(first, result.shape[1])]
 
-        _run(tiles, R // ROWS * across, work, False, b_last, *scratch)
+            near = tuple(tuple(ref.at[rows, columns].at[:, pl.ds(first, SQUARE)] for ref in beside_gmem)
+                         for first in range(0, tiles.columns if beside else 0, SQUARE))
+            read = lambda here: early(extra_gmem, group, pl.ds(down * ROWS + here.start, here.size))  # noqa: E731
+            return Piece(tuple(one(*operand) for operand in operands), read, stored, near)
+
+        pieces = Pieces(R // ROWS * across, lambda t: (group_gmem[lax.div(t, across)],), piece)
+        run(tiles, pieces, paired, False, b_last, *refs)
 
     b_shape = (tiles.columns, depth) if b_last else (depth, tiles.columns)
-    a_dtype, b_dtype = (array.dtype for array in pairs[0])
-    kernel = _kernel(body, tiles, (R, N), ((ROWS, depth), a_dtype), (b_shape, b_dtype))
-    return _varying(kernel(group_t, *scales, *(array for pair in pairs for array in pair)), sizes_E, pairs[0][1])
+    paired = across % 2 == 0
+    call = kernel(body, tiles, paired, shapes, ((ROWS, depth), a.dtype), (len(bs), *b_shape), bs[0].dtype)
+    outs = call(group_t, *extras, *(array for a, bs in parts for array in (a, *bs)), *beside)
+    return [varying(out, sizes_E, bs[0]) for out in outs]
+
+
+def _out(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype if dtype.itemsize == 2 else jnp.bfloat16)
 
 
 def grouped_weights(a: jax.Array, b: jax.Array, sizes_E: jax.Array, scale: jax.Array | None = None, *,
@@ -151,181 +138,27 @@ def grouped_weights(a: jax.Array, b: jax.Array, sizes_E: jax.Array, scale: jax.A
 
     def body(first_gmem, steps_gmem, *refs):
         (*scale_gmem,), (a_gmem, b_gmem, out_gmem, *scratch) = refs[: len(scales)], refs[len(scales) :]
+        group_of = lambda t: lax.div(t, down * across)  # noqa: E731
 
-        def work(t: Any) -> _Work:
-            group, piece = lax.div(t, down * across), lax.rem(t, down * across)
-            rows = pl.ds(lax.div(piece, across) * tiles.rows, tiles.rows)
-            columns = pl.ds(lax.rem(piece, across) * tiles.columns, tiles.columns)
-            summed = lambda k: pl.ds(pl.multiple_of(first_gmem[group], ROWS) + k * depth, depth)  # noqa: E731
-            copy = _Copy(steps_gmem[group], lambda k: a_gmem.at[turn((summed(k), rows))],
-                         lambda k: b_gmem.at[turn((summed(k), columns))])
-            times = (lambda: scale_gmem[0][0]) if scales else None
-            return _Work((copy,), times, out_gmem.at[group, rows, columns])
+        def piece(t: Any, scalars: tuple) -> Piece:
+            (first, steps), here = scalars, lax.rem(t, down * across)
+            rows = pl.ds(lax.div(here, across) * tiles.rows, tiles.rows)
+            columns = pl.ds(lax.rem(here, across) * tiles.columns, tiles.columns)
+            summed = lambda k: pl.ds(pl.multiple_of(first, ROWS) + k * depth, depth)  # noqa: E731
+            part = Part(steps, lambda k: a_gmem.at[turn((summed(k), rows))],
+                         (lambda k: b_gmem.at[turn((summed(k), columns))],))
 
-        _run(tiles, E * down * across, work, not rows_last, rows_last, *scratch)
+            def stored(scale, beside, rows_here, columns_here, total):
+                place = out_gmem.at[group_of(t), rows, columns].at[rows_here, columns_here]
+                yield total * scale[0] if scale else total, place
 
-    shapes = ((turn((depth, tiles.rows)), a.dtype), (turn((depth, tiles.columns)), b.dtype))
-    kernel = _kernel(body, tiles, (E, M, N), *shapes)
-    out = kernel(first_E.astype(jnp.int32), (sizes_E // depth).astype(jnp.int32), *scales, a, b)
-    return _varying(out, sizes_E, a)
+            return Piece((part,), lambda _: [ref[0] for ref in scale_gmem], stored)
 
+        scalars = lambda t: (first_gmem[group_of(t)], steps_gmem[group_of(t)])  # noqa: E731
+        run(tiles, Pieces(E * down * across, scalars, piece), paired, not rows_last, rows_last, *scratch)
 
-def _kernel(body: Callable, tiles: Tiles, shape: tuple[int, ...], a: tuple, b: tuple) -> Callable:
-    """`body(*inputs, output, *scratch)` as a program for every multiprocessor. a, b: shape and dtype of the operands'
-    tiles."""
-    dtype = jnp.dtype(a[1]) if jnp.dtype(a[1]).itemsize == 2 else jnp.dtype("bfloat16")
-    ring = lambda shape, dtype: _shared((tiles.stages, *shape), dtype)  # noqa: E731
-    barriers = lambda: plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages)  # noqa: E731
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(shape, dtype),
-        scratch_types=(ring(*a), ring(*b), _shared((2, 2, PIECE, PIECE), dtype), barriers(), barriers()),
-        grid=(MULTIPROCESSORS,),
-        grid_names=("program",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )
-
-
-def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    size = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)),
-                                                plgpu.SwizzleTransform(swizzle)))
-
-
-class _Ring(NamedTuple):
-    """Stages of shared memory; full, empty: barriers with two arrivals a stage, from two copies and two warpgroups."""
-
-    a: Any
-    b: Any
-    full: Any
-    empty: Any
-
-    def stage(self, step: Any) -> Any:
-        return lax.rem(step, self.a.shape[0])
-
-
-def _run(tiles: Tiles, count: Any, work: Callable[[Any], _Work], a_turned: bool, b_turned: bool, a_smem: Any,
-         b_smem: Any, out_smem: Any, full: Any, empty: Any) -> None:
-    """Pieces `program`, `program` + MULTIPROCESSORS, ... below `count`. a_turned, b_turned: whether an operand lies the
-    other way round than the product."""
-    program, ring = lax.axis_index("program"), _Ring(a_smem, b_smem, full, empty)
-    turns = lax.div(count - program + MULTIPROCESSORS - 1, MULTIPROCESSORS)
-    piece = lambda i: work(program + i * MULTIPROCESSORS)  # noqa: E731
-    lax.cond(lax.axis_index("warpgroup") == LOADER, functools.partial(_load, tiles.stages, turns, piece, ring),
-             functools.partial(_multiply, tiles, turns, piece, ring, out_smem, a_turned, b_turned))
-
-
-def _load(stages: int, turns: Any, piece: Callable[[Any], _Work], ring: _Ring) -> None:
-    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-
-    def fetch(part, k, step):
-        here = ring.stage(step)
-
-        @pl.when(step >= stages)
-        def _():
-            plgpu.barrier_wait(ring.empty.at[here])
-
-        plgpu.copy_gmem_to_smem(part.left(k), ring.a.at[here], ring.full.at[here])
-        plgpu.copy_gmem_to_smem(part.right(k), ring.b.at[here], ring.full.at[here])
-        return step + 1
-
-    def one_piece(i, step):
-        for part in piece(i).sums:
-            step = lax.fori_loop(0, part.steps, functools.partial(fetch, part), step)
-        return step
-
-    steps = lax.fori_loop(0, turns, one_piece, jnp.int32(0))
-
-    @pl.loop(lax.max(steps - stages, jnp.int32(0)), steps)
-    def _(step):  # until every stage is free, so that no barrier has an arrival that nobody saw
-        plgpu.barrier_wait(ring.empty.at[ring.stage(step)])
-
-
-def _multiply(tiles: Tiles, turns: Any, piece: Callable[[Any], _Work], ring: _Ring, out_smem: Any, a_turned: bool,
-              b_turned: bool) -> None:
-    plgpu.set_max_registers(MULTIPLIER_REGISTERS, action="increase")
-    warpgroup = lax.axis_index("warpgroup")
-    rows, columns = _half(tiles, warpgroup)
-    whole = slice(None)
-
-    def one_piece(i, step):
-        here = piece(i)
-        steps = here.steps
-
-        def summed(count, step, then, acc):
-            def add(k, step):
-                stage = ring.stage(step)
-                plgpu.barrier_wait(ring.full.at[stage])
-                a = ring.a.at[(stage, whole, rows) if a_turned else (stage, rows, whole)]
-                b = ring.b.at[(stage, columns, whole) if b_turned else (stage, whole, columns)]
-                plgpu.wgmma(acc, _turned(a, a_turned), _turned(b, b_turned))
-                plgpu.wgmma_wait(1)
-
-                @pl.when(k > 0)  # the step before is done with its stage
-                def _():
-                    plgpu.barrier_arrive(ring.empty.at[ring.stage(step - 1)])
-
-                return step + 1
-
-            lax.fori_loop(0, count, add, step)
-            result = acc[...]
-
-            @pl.when(count > 0)
-            def _():
-                plgpu.barrier_arrive(ring.empty.at[ring.stage(step + count - 1)])
-
-            return then(result)
-
-        def store(result):
-            result = result if here.scale is None else result * here.scale()
-            _store(result.astype(out_smem.dtype), out_smem.at[warpgroup], here.out.at[rows, columns])
-
-        def part(index, total):
-            first = index * tiles.promoted
-            count = lax.min(steps - first, jnp.int32(tiles.promoted))
-            return scoped(functools.partial(summed, count, step + first, lambda result: total + result))
-
-        scoped = functools.partial(pl.run_scoped, acc=plgpu.ACC(tiles.half, jnp.float32))
-        if tiles.promoted:
-            parts = lax.div(steps + tiles.promoted - 1, tiles.promoted)
-            store(lax.fori_loop(0, parts, part, jnp.zeros(tiles.half, jnp.float32)))
-        else:
-            scoped(functools.partial(summed, steps, step, store))
-
-        return step + steps
-
-    lax.fori_loop(0, turns, one_piece, jnp.int32(0))
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _store(result: jax.Array, out_smem: Any, out_gmem: Any) -> None:
-    """Piece by piece through two buffers, the copies under way while the next is written."""
-    rows, columns = result.shape
-    for index, (row, column) in enumerate((r, c) for r in range(0, rows, PIECE) for c in range(0, columns, PIECE)):
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        out_smem[index % 2] = result[row : row + PIECE, column : column + PIECE]
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem.at[index % 2], out_gmem.at[pl.ds(row, PIECE), pl.ds(column, PIECE)])
-
-
-def _varying(out: jax.Array, *inputs: jax.Array) -> jax.Array:
-    """Inside a `shard_map`: `out` as what differs over the axes that `inputs` differ over, which a kernel does not say
-    of its result."""
-    varying = lambda a: jax.typeof(a).manual_axis_type.varying  # noqa: E731
-    axes = frozenset().union(*map(varying, inputs)) - varying(out)
-    return lax.pcast(out, tuple(axes), to="varying") if axes else out
-
-
-def _half(tiles: Tiles, warpgroup: Any) -> tuple[Any, Any]:
-    """The rows and columns of a piece that a warpgroup makes."""
-    rows, columns = tiles.half
-    if tiles.halved == "rows":
-        return pl.ds(warpgroup * rows, rows), pl.ds(0, columns)
-    return pl.ds(0, rows), pl.ds(warpgroup * columns, columns)
-
-
-def _turned(ref: Any, turned: bool) -> Any:
-    return ref.transpose((1, 0)) if turned else ref
+    paired = across % 2 == 0
+    call = kernel(body, tiles, paired, [_out((E, M, N), a.dtype)], (turn((depth, tiles.rows)), a.dtype),
+                     (1, *turn((depth, tiles.columns))), b.dtype)
+    (out,) = call(first_E.astype(jnp.int32), (sizes_E // depth).astype(jnp.int32), *scales, a, b)
+    return varying(out, sizes_E, a)

@@ -18,7 +18,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config import ModelConfig
-from maxlm.kernels.grouped_matmul import GROUP_MULTIPLE, collect, collected_product, spread_products
+from maxlm.kernels.grouped_matmul import (
+    GROUP_MULTIPLE,
+    collect,
+    collected_product,
+    grouped_swiglu,
+    has_swiglu,
+    spread,
+    spread_products,
+)
 from maxlm.model.mlp import ACTIVATIONS, MLP
 from maxlm.model.moe.exchange import EXCHANGES, Room, stay
 from maxlm.model.moe.load import Load, measure_load
@@ -147,6 +155,10 @@ def _experts(x_ND, weight_NK, plan, *, weights, config, numerics, kernel, sharde
     device's part."""
     layout = lambda dims: dims if sharded else None  # noqa: E731
     weight_R, bias = by_row(weight_NK, plan), _expert_bias(plan, weights, x_ND.dtype)
+    if config.activation == "swiglu" and "gate_bias" not in weights and has_swiglu(numerics, kernel):
+        out_RD = grouped_swiglu(spread(x_ND, plan), tuple(weights[name] for name in MATRICES), weight_R, plan.sizes_E,
+                                kernel)
+        return collect(out_RD, plan)
     into = spread_products(numerics, kernel, layout(INTO), x_ND, plan, (weights["gate"], weights["up"]))
     gate_RF, up_RF = (checkpoint_name(out_RF + bias(name), "mlp_up") for out_RF, name in zip(
         into, ("gate_bias", "up_bias"), strict=True))
