@@ -7,7 +7,8 @@
 RUNS holds a run directory RECIPE_SEED each. Equal seeds see the same batches from the same start. Writes
 fp8_quality.json, and docs' picture fp8_quality.png: the curves, and each recipe's gap to bf16 with the same seed.
 The sparse runs (fp8_quality_moe) add --set model.num_experts=8 --set model.experts_per_token=2 --set
-model.expert_dim=1024 --set model.moe.scores=sigmoid --set model.moe.bias_rate=0.001.
+model.expert_dim=768 --set model.moe.scores=sigmoid --set model.moe.bias_rate=0.001 --set train.global_batch_size=128
+--set train.num_steps=1528 --set eval.every_steps=382.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def summary(runs: dict[tuple[str, int], Path]) -> dict:
     last = {key: curve[max(curve)] for key, curve in losses.items()}
     seeds = sorted({seed for recipe, seed in runs if recipe == BASE})
     base = [last[BASE, seed] for seed in seeds]
-    record = {"seed_spread": max(base) - min(base), "recipes": {}}
+    record = {"seeds": seeds, "seed_spread": max(base) - min(base), "recipes": {}}
     for recipe in sorted({recipe for recipe, _ in runs}):
         ends = [last[recipe, seed] for seed in seeds]
         gaps = [last[recipe, seed] - last[BASE, seed] for seed in seeds]
@@ -60,8 +61,8 @@ def plot(record: dict, path: Path) -> None:
     figure, (curves, gaps) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     reference = record["recipes"][BASE]["curves"]
     for color, (recipe, figures) in enumerate(record["recipes"].items()):
-        for seed, (curve, base) in enumerate(zip(figures["curves"], reference, strict=True)):
-            style = {"color": f"C{color}", "linestyle": ("-", "--", ":")[seed % 3], "label": f"{recipe}, seed {seed}"}
+        for place, (seed, curve, base) in enumerate(zip(record["seeds"], figures["curves"], reference, strict=True)):
+            style = {"color": f"C{color}", "linestyle": ("-", "--", ":")[place % 3], "label": f"{recipe}, seed {seed}"}
             curves.plot(*zip(*curve, strict=True), **style)
             if recipe != BASE:
                 above = [100 * (loss / other - 1) for (_, loss), (_, other) in zip(curve, base, strict=True)]
