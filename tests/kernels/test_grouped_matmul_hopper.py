@@ -127,6 +127,32 @@ def test_swiglu_and_its_gradients(interpreted, hidden):
         assert relative(a, b) > 0.01
 
 
+@newer
+def test_swiglu_on_devices_that_hold_other_rows():
+    """In a `shard_map`, whose types say what differs between devices: gradients of what all have are sums over them."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    rows, whole = jax.P("data"), jax.P()
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    weights = (*[shape((E, WIDTH, HIDDEN))] * 2, shape((E, HIDDEN, WIDTH)))
+
+    def local(x, weights, weight_R, sizes):
+        apart = jax.tree.map(lambda w: jax.lax.pcast(w, "data", to="varying"), weights)
+        return grouped_swiglu(x, apart, weight_R, sizes, "mosaic_gpu")
+
+    def loss(x, weights, weight_R, sizes):
+        out = jax.shard_map(local, in_specs=(rows, whole, rows, rows), out_specs=rows)(x, weights, weight_R, sizes)
+        return jnp.sum(out.astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        place = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec))  # noqa: E731
+        operands = (place(shape((2 * ROWS, WIDTH)), rows), jax.tree.map(lambda w: place(w, whole), weights),
+                    place(jax.ShapeDtypeStruct((2 * ROWS,), jnp.float32), rows),
+                    place(jax.ShapeDtypeStruct((2 * E,), jnp.int32), rows))
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*operands)
+    assert [a.shape for a in jax.tree.leaves(traced.out_info)] == [a.shape for a in jax.tree.leaves(operands[:3])]
+    assert str(traced.jaxpr).count("psum") >= 3  # of the three weights' gradients
+
+
 @pytest.mark.parametrize("hidden", [256, 384])
 def test_kernels_lower_for_cuda(hidden):
     shape = jax.ShapeDtypeStruct

@@ -14,6 +14,7 @@ from maxlm.kernels.grouped_matmul.hopper import ROWS, over_rows
 from maxlm.kernels.grouped_matmul.persistent import SQUARE, Tiles
 
 FORWARD = Tiles(ROWS, 128, "rows", 4)
+_INDEX = () if jax.__version_info__ >= (0, 11) else (slice(None),)  # JAX 0.10 asks for one
 
 
 def _backward_tiles(columns: int) -> Tiles:
@@ -60,4 +61,4 @@ def gated_gradients(g_RK: jax.Array, down: jax.Array, sizes_E: jax.Array, gate_R
 
 
 def _weights_of_rows(refs, group, rows):
-    return plgpu.load(refs[0].at[rows], optimized=False)
+    return plgpu.load(refs[0].at[rows], *_INDEX, optimized=False)
