@@ -28,7 +28,7 @@ def _product_tiles(columns: int) -> Tiles:
 
 def _weights_tiles(columns: int, eight_bit: bool) -> Tiles:
     """8-bit sums over all rows of a group are promoted, as those of dense layers are (numerics/fp8.py): of numbers of
-    one sign they were 6 to 12% off, and are 0.2% so, at 1,156 instead of 1,531 TFLOP/s."""
+    one sign they were 6 to 12% off, and are 0.2% so, at 1,156 instead of 1,531 TFLOP/s (docs/LOG.md)."""
     if eight_bit:
         return Tiles(128, 128, "rows", 6, promoted=1)
     return Tiles(128, 256, "rows", 4) if columns % 256 == 0 else Tiles(128, 128, "columns", 6)
@@ -90,7 +90,7 @@ def over_rows(parts: Sequence[tuple[jax.Array, tuple[jax.Array, ...]]], sizes_E:
                 b_tile = (lambda k: (columns, summed(k))) if b_last else (lambda k: (summed(k), columns))
                 steps = lax.select(group < E, a_gmem.shape[1] // depth, 0)
                 return Part(steps, lambda k: a_gmem.at[rows, summed(k)],
-                             tuple(lambda k, b_gmem=b_gmem: b_gmem.at[(group, *b_tile(k))] for b_gmem in bs_gmem))
+                            tuple(lambda k, b_gmem=b_gmem: b_gmem.at[(group, *b_tile(k))] for b_gmem in bs_gmem))
 
             def stored(early, beside, here, columns_here, *sums):
                 for output, first, result in results(early, beside, *sums):
@@ -146,7 +146,7 @@ def grouped_weights(a: jax.Array, b: jax.Array, sizes_E: jax.Array, scale: jax.A
             columns = pl.ds(lax.rem(here, across) * tiles.columns, tiles.columns)
             summed = lambda k: pl.ds(pl.multiple_of(first, ROWS) + k * depth, depth)  # noqa: E731
             part = Part(steps, lambda k: a_gmem.at[turn((summed(k), rows))],
-                         (lambda k: b_gmem.at[turn((summed(k), columns))],))
+                        (lambda k: b_gmem.at[turn((summed(k), columns))],))
 
             def stored(scale, beside, rows_here, columns_here, total):
                 place = out_gmem.at[group_of(t), rows, columns].at[rows_here, columns_here]
@@ -159,6 +159,6 @@ def grouped_weights(a: jax.Array, b: jax.Array, sizes_E: jax.Array, scale: jax.A
 
     paired = across % 2 == 0
     call = kernel(body, tiles, paired, [_out((E, M, N), a.dtype)], (turn((depth, tiles.rows)), a.dtype),
-                     (1, *turn((depth, tiles.columns))), b.dtype)
+                  (1, *turn((depth, tiles.columns))), b.dtype)
     (out,) = call(first_E.astype(jnp.int32), (sizes_E // depth).astype(jnp.int32), *scales, a, b)
     return varying(out, sizes_E, a)

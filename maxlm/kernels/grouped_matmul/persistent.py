@@ -83,7 +83,7 @@ class Pieces(NamedTuple):
 
 
 def kernel(body: Callable, tiles: Tiles, paired: bool, outputs: list[jax.ShapeDtypeStruct], a: tuple,
-            b_shape: tuple[int, ...], b_dtype: Any) -> Callable:
+           b_shape: tuple[int, ...], b_dtype: Any) -> Callable:
     """`body(*inputs, *outputs, *scratch)` as a program for every multiprocessor, two of which share the left operand's
     tiles where they are `paired`. a: shape and dtype of those; b_shape: of the right one's, behind the number of sums.
     """
@@ -126,7 +126,7 @@ class _Ring(NamedTuple):
 
 
 def run(tiles: Tiles, pieces: Pieces, paired: bool, a_turned: bool, b_turned: bool, a_smem: Any, b_smem: Any,
-         out_smem: Any, full: Any, empty: Any) -> None:
+        out_smem: Any, full: Any, empty: Any) -> None:
     """This program's pieces, in turn; a pair has two neighbours at a time. a_turned, b_turned: whether an operand lies
     the other way round than the product."""
     ring = _Ring(a_smem, b_smem, full, empty)
@@ -159,12 +159,12 @@ def _load(stages: int, each_piece: Callable, ring: _Ring, pair: str | None) -> N
         def _():
             plgpu.barrier_wait(ring.empty.at[here])
 
-        for source, target, *sharing in copies:
-            plgpu.copy_gmem_to_smem(source, target(here), ring.full.at[here], collective_axes=(*sharing, None)[0])
+        for source, target, shared_by in copies:
+            plgpu.copy_gmem_to_smem(source, target(here), ring.full.at[here], collective_axes=shared_by)
         return step + 1
 
     def one(part, k, step):
-        rights = [(right(k), lambda here, index=index: ring.b.at[here, index])
+        rights = [(right(k), lambda here, index=index: ring.b.at[here, index], None)
                   for index, right in enumerate(part.rights)]
         return fetch(step, (part.left(k), lambda here: ring.a.at[here], pair), *rights)
 
@@ -172,8 +172,8 @@ def _load(stages: int, each_piece: Callable, ring: _Ring, pair: str | None) -> N
         for part in piece.parts:
             step = lax.fori_loop(0, part.steps, functools.partial(one, part), step)
         for left, right in piece.beside:
-            step = fetch(step, (left, lambda here: ring.a.at[here]),
-                         (right, lambda here: ring.b.at[here, 0, pl.ds(0, ring.a.shape[1])]))
+            step = fetch(step, (left, lambda here: ring.a.at[here], None),
+                         (right, lambda here: ring.b.at[here, 0, pl.ds(0, ring.a.shape[1])], None))
         return step
 
     steps = each_piece(all_parts)
