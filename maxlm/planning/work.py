@@ -17,9 +17,9 @@ from maxlm.flops import mean_visible_keys, parameter_count
 Kind = Literal["gemm", "fp8", "attention", "grouped", "grouped_fp8", "memory"]
 HALF, FULL = 2, 4  # bytes of activations and of masters
 LOGITS_PASSES = 4.5 * FULL  # bytes a logit: written, read for its peak, its sum and its gradient, which is in 16 bits
-# Bytes a parameter and step: AdamW reads and writes master and moments and reads the gradient (28); its norm (4);
-# stacking the layers' gradients (6).
-UPDATE_BYTES = 38
+# Bytes a parameter and step: AdamW reads and writes master and moments (24) and reads the gradient (2), whose norm is
+# read at two thirds of copy speed (3): the kernels of OLMoE's layers (docs/LOG.md, 2026-11-26).
+UPDATE_BYTES = 29
 CAST_BYTES = FULL + HALF
 FP8_BYTES = 7  # a number: read for its maximum, read again, written in 8 bits, turned (read and written)
 FP8_WEIGHT_BYTES = 11
@@ -104,7 +104,8 @@ def _experts(model: ModelConfig, share: Share, fp8: bool) -> list[Part]:
     """Rows are tokens times the experts that each takes, at an even load. Forward, rows are spread (read and written),
     gate and up become one hidden unit, results are collected; backward, rows and hidden units are made again, gradients
     spread, units' gradients made of them, and rows' collected. In 8 bits what is spread has half the bytes, and hidden
-    units and their gradients are read once more, for their largest."""
+    units and their gradients are read once more, for their largest. (Hopper's bf16 kernels make units inside of
+    products, which hides some of their passes.)"""
     rows, width, units = share.tokens * model.experts_per_token, model.hidden_dim, model.expert_dim / share.tensor
     products = 6.0 * rows * width * units
     router = 2.0 * share.tokens * width * model.num_experts

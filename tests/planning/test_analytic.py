@@ -30,15 +30,15 @@ def of_record(name):
     return record, from_dict(RunConfig, record["config"]), chip_of(record["device_kind"])
 
 
-@pytest.mark.parametrize("name", ["llama3_2_1b_h200_bf16.json", "olmoe_layer_h100_bf16.json"])
+@pytest.mark.parametrize("name", ["llama3_2_1b_h200_bf16.json", "llama3_2_1b_h100_bf16.json",
+                                  "olmoe_layer_h100_bf16.json", "olmoe_layer_h100_fp8.json"])
 def test_steps_that_were_measured(name, monkeypatch):
     """What the rates are calibrated on comes out; at the chip's peaks, the perturbed twin, it does not."""
     record, config, chip = of_record(name)
     measured = record["step_seconds"]["median"]
     found = analytic.estimate(config, chip, ONE)
     assert found.seconds == pytest.approx(measured, rel=0.05)
-    # The record of experts is from before attention's backward pass was bounded: 78.2 GB, 73.9 since (docs/LOG.md).
-    assert found.memory_bytes == pytest.approx(record["bytes_per_chip"], rel=0.08)
+    assert found.memory_bytes == pytest.approx(record["bytes_per_chip"], rel=0.06)
     assert found.mfu == pytest.approx(record["mfu"], rel=0.05)
     monkeypatch.setattr("maxlm.planning.rates.HOPPER", ())
     assert analytic.estimate(config, chip, ONE).seconds < 0.85 * measured
