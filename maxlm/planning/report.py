@@ -90,7 +90,7 @@ def estimate(config: RunConfig, target: Target, compiled: Compiled, chip: Chip |
     seconds, roofline, words = None, None, None
     if chip and target.shape:
         seconds, roofline, words = step.seconds, terms(step), in_words(step)
-    elif chip:  # of a GPU the program's kernels say little about their time
+    elif chip and facts["axes"]["stage"] == 1:  # of a GPU the program's kernels say little about their time
         found = analytic.estimate(config, chip, facts["axes"])
         seconds, roofline, words = found.seconds, analytic_terms(found), _largest(found)
     peak = chip.peak(ARITHMETIC[config.precision.recipe]) if chip else None
@@ -106,7 +106,8 @@ def estimate(config: RunConfig, target: Target, compiled: Compiled, chip: Chip |
         "roofline": roofline,
         "dominating_term": words,
         "executed_flops_per_device": step.flops,
-        "warnings": [*unread(step.flops * devices, flops), *warnings(step)],
+        "warnings": [*unread(step.flops * devices, flops),
+                     *(unjudged(facts["axes"]) if chip and not target.shape else []), *warnings(step)],
     }
 
 
@@ -116,6 +117,12 @@ def unread(executed: float, useful: float) -> list[str]:
         return []
     return [f"of {useful:.4g} useful FLOPs a step {executed:.4g} were found in the program: executed_flops_per_device "
             "is too low, for products are in calls that planning/libraries.py does not know"]
+
+
+def unjudged(axes: dict[str, int]) -> list[str]:
+    """Why a GPU's step has no time, where it has none."""
+    told = "mesh.stage: the calibrated model knows no stages, so no time is estimated on GPUs"
+    return [told] if axes["stage"] > 1 else []
 
 
 def rows_used(config: RunConfig, axes: dict[str, int]) -> float:
