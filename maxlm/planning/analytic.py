@@ -25,6 +25,7 @@ from maxlm.planning.work import (
     stored_parameters,
     update_parts,
 )
+from maxlm.training.throughput import ARITHMETIC
 
 LOGITS_BYTES, LOGITS_COPIES = 2**31, 2.5  # a chunk at most (kernels/cross_entropy.py); logits, exponentials, gradient
 # A scan without remat keeps every intermediate that the backward pass could use, float32 ones too: 2.7 times what the
@@ -52,7 +53,7 @@ class Estimate:
     kinds: Mapping[str, float]
     wire_bytes: Mapping[str, float]
     exposed_seconds: float
-    mfu: float
+    mfu: float | None  # as a run reports it: training/throughput.py
     tokens_per_second_per_chip: float
 
 
@@ -75,10 +76,10 @@ def estimate(config: RunConfig, chip: Chip, axes: Mapping[str, int], links: Mapp
     devices = math.prod(axes.values())
     tokens = config.train.global_batch_size * config.train.seq_len
     chips = devices / chip.devices_per_chip
-    peak = chip.peak("fp8" if config.precision.recipe.startswith("fp8") else "bf16") or chip.peak_flops["bf16"]
+    peak = chip.peak(ARITHMETIC[config.precision.recipe])
     useful = training_flops_per_token(config.model, config.train.seq_len) * tokens
     return Estimate(seconds, sum(memory.values()) * chip.devices_per_chip, memory, kinds, wire, exposed,
-                    useful / seconds / chips / peak, tokens / seconds / chips)
+                    useful / seconds / chips / peak if peak else None, tokens / seconds / chips)
 
 
 def _seconds_by_kind(config: RunConfig, share: Share, rates: Rates) -> dict[str, float]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maxlm.planning.hlo import Computation, Instruction, Module, Shape
+from maxlm.planning.libraries import library_product
 
 FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
                   "replica-id", "iota", "async-update", "optimization-barrier", "domain", "add-dependency",
@@ -86,7 +87,14 @@ class Costs:
             return self._convolution(computation, node)
         if node.opcode == "custom-call" and _target(node) == "tpu_custom_call":
             return self._kernel(computation, node)
-        return Cost()
+        return self._library(computation, node) if node.opcode == "custom-call" else Cost()
+
+    def _library(self, computation: Computation, node: Instruction) -> Cost:
+        into = [shape for name in node.operands for shape in computation[name].shapes[:1]]
+        found = library_product(_target(node), node, into)
+        if found is None:
+            return Cost()
+        return self._matrix(found.flops * (self.rows_used if found.by_rows else 1.0), found.operands)
 
     def _matrix(self, flops: float, operands: Sequence[Shape], *dims: int) -> Cost:
         """`dims`: sizes that lie along the matrix unit's sides."""

@@ -17,8 +17,8 @@ _END = re.compile(r"^\}(, execution_thread=.*)?$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = ")
 _LEAF = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,<= ]*)\](?:\{(?P<layout>[^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations|branch_computations)="
-                     r"(?:\{(?P<several>[^}]*)\}|%?(?P<one>[\w.\-]+))")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations|branch_computations|"
+                     r"(?:true|false)_computation)=(?:\{(?P<several>[^}]*)\}|%?(?P<one>[\w.\-]+))")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _INTEGER_TYPES = frozenset({"s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64"})
 

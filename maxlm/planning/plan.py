@@ -14,6 +14,7 @@ from maxlm.config import RunConfig
 from maxlm.planning.compiled import CompileError
 from maxlm.planning.report import compile_report
 from maxlm.planning.search import Candidate, candidates, why_none
+from maxlm.planning.table import share
 from maxlm.planning.topology import Target
 from maxlm.schema import ConfigError, require
 
@@ -121,7 +122,7 @@ def _told(confirmed: Confirmed, given: RunConfig) -> str:
     size = f"{record['bytes_per_chip'] / 1e9:.1f} GB"
     if not record["fits"]:
         return f"does not fit: {size}: {layout}"
-    return f"fits: {size}, {record['step_seconds_estimate']:.3g} s, MFU {record['mfu_estimate']:.1%}: {layout}"
+    return f"fits: {size}, {record['step_seconds_estimate']:.3g} s, MFU {share(record['mfu_estimate'])}: {layout}"
 
 
 def ranked(confirmed: list[Confirmed], given: RunConfig) -> list[dict[str, Any]]:

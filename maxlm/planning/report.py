@@ -8,7 +8,7 @@ from typing import Any
 
 from maxlm.config import RunConfig
 from maxlm.flops import training_flops_per_token
-from maxlm.hardware import Chip, Precision, chip_of
+from maxlm.hardware import Chip, chip_of
 from maxlm.planning import analytic
 from maxlm.planning.compiled import Compiled, cache_folder, compile_for, identity, versions
 from maxlm.planning.cost import Costs
@@ -17,7 +17,9 @@ from maxlm.planning.rates import MATRIX_UNIT
 from maxlm.planning.roofline import Peaks, Roofline, Timeline
 from maxlm.planning.topology import Target, usable_bytes
 from maxlm.planning.traffic import Layout, Traffic, by_axis
+from maxlm.training.throughput import ARITHMETIC
 
+_UNREAD = 0.02  # of the useful FLOPs, what a compiler may do without a product
 _NO_PEAKS = Peaks(float("inf"), float("inf"))
 
 
@@ -88,10 +90,10 @@ def estimate(config: RunConfig, target: Target, compiled: Compiled, chip: Chip |
     seconds, roofline, words = None, None, None
     if chip and target.shape:
         seconds, roofline, words = step.seconds, terms(step), in_words(step)
-    elif chip:  # of a GPU the program's kernels say little about their time
+    elif chip and facts["axes"]["stage"] == 1:  # of a GPU the program's kernels say little about their time
         found = analytic.estimate(config, chip, facts["axes"])
         seconds, roofline, words = found.seconds, analytic_terms(found), _largest(found)
-    peak = chip.peak(precision_of(config)) or chip.peak_flops["bf16"] if chip else None
+    peak = chip.peak(ARITHMETIC[config.precision.recipe]) if chip else None
     tokens, table = config.train.global_batch_size * config.train.seq_len, by_axis(step.collectives)
     rate = tokens / seconds / (devices / per_chip) if seconds else None
     return {
@@ -100,17 +102,27 @@ def estimate(config: RunConfig, target: Target, compiled: Compiled, chip: Chip |
         "collectives": table,
         "step_seconds_estimate": seconds,
         "tokens_per_second_per_chip_estimate": rate,
-        "mfu_estimate": flops / seconds / (peak * devices / per_chip) if seconds else None,
+        "mfu_estimate": flops / seconds / (peak * devices / per_chip) if seconds and peak else None,
         "roofline": roofline,
         "dominating_term": words,
         "executed_flops_per_device": step.flops,
-        "warnings": warnings(step),
+        "warnings": [*unread(step.flops * devices, flops),
+                     *(unjudged(facts["axes"]) if chip and not target.shape else []), *warnings(step)],
     }
 
 
-def precision_of(config: RunConfig) -> Precision:
-    recipe = config.precision.recipe
-    return "float32" if recipe == "float32" else "bf16" if not recipe.startswith("fp8") else "fp8"
+def unread(executed: float, useful: float) -> list[str]:
+    """A line where the program makes fewer products than its config needs: some are in calls that are not known."""
+    if executed > (1 - _UNREAD) * useful:
+        return []
+    return [f"of {useful:.4g} useful FLOPs a step {executed:.4g} were found in the program: executed_flops_per_device "
+            "is too low, for products are in calls that planning/libraries.py does not know"]
+
+
+def unjudged(axes: dict[str, int]) -> list[str]:
+    """Why a GPU's step has no time, where it has none."""
+    told = "mesh.stage: the calibrated model knows no stages, so no time is estimated on GPUs"
+    return [told] if axes["stage"] > 1 else []
 
 
 def rows_used(config: RunConfig, axes: dict[str, int]) -> float:

@@ -64,12 +64,14 @@ class Roofline:
         return self._played[computation.name]
 
     def inner(self, node: Instruction) -> list[tuple[Timeline, int]]:
-        """The computations that a loop, a call or a conditional runs, and how often."""
+        """The computations that a loop, a call or a conditional runs, and how often. Of a conditional's branches one
+        runs: the longest counts."""
         if node.opcode == "while":
             body = self.module.computations[self.module.named(node, "body")]
             return [(self._play(body), self.module.trips(self._holder(node), node))]
         if node.opcode in ("call", "conditional"):
-            return [(self._play(self.module.computations[name]), 1) for name in node.called]
+            called = [self._play(self.module.computations[name]) for name in node.called]
+            return [(max(called, key=lambda line: (line.seconds, line.flops)), 1)]
         return []
 
     def _holder(self, node: Instruction) -> Computation:

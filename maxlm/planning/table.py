@@ -29,9 +29,14 @@ def verdict(record: dict[str, Any]) -> str:
     memory = f"{_size(record['bytes_per_chip'])} of {_size(record['hbm_bytes'])} a chip"
     if not record["fits"] or record["step_seconds_estimate"] is None:
         return f"{fits}: {memory} ({took})"
-    return (f"{fits}: {memory}; {record['step_seconds_estimate']:.3g} s a step, "
-            f"{record['tokens_per_second_per_chip_estimate']:,.0f} tokens/s/chip, MFU {record['mfu_estimate']:.1%} at "
-            f"the roofline ({took})")
+    rate, mfu = record["tokens_per_second_per_chip_estimate"], share(record["mfu_estimate"])
+    return (f"{fits}: {memory}; {record['step_seconds_estimate']:.3g} s a step, {rate:,.0f} tokens/s/chip, MFU {mfu} "
+            f"at the roofline ({took})")
+
+
+def share(mfu: float | None) -> str:
+    """An MFU for people; of a chip without a peak in the recipe's arithmetic there is none."""
+    return "unknown" if mfu is None else f"{mfu:.1%}"
 
 
 def _memory(record: dict[str, Any]) -> Any:
@@ -97,7 +102,7 @@ def print_plan(rows: list[dict[str, Any]]) -> None:
             f"{row['bytes_per_chip'] / 1e9:.1f}" + ("" if row["fits"] else " too much"),
             *(("", "", "") if row["step_seconds_estimate"] is None else (
                 f"{row['step_seconds_estimate']:.3g}", f"{row['tokens_per_second_per_chip_estimate']:,.0f}",
-                f"{row['mfu_estimate']:.1%}")))
+                share(row["mfu_estimate"]))))
         drawn.add_row(mesh or "one device", str(row["rows_per_device"]), str(values["train.grad_accumulation"]),
                       values["remat.policy"], *told, f"{row['analytic_step_seconds']:.3g}")
     console.print(drawn)

@@ -95,10 +95,10 @@ V5E = find_target("v5e:2x2")
 MATRIX = 2 * 1024 * 1024  # bytes
 
 
-def step_of(text, peaks=None, lanes=1):
+def step_of(text, peaks=None, lanes=1, rows_used=1.0):
     module = parse(text)
-    peaks = peaks or Peaks(1e12, 1e12)
-    return Roofline(module, Costs(module, lanes=lanes), Traffic(module, LAYOUT, V5E.chip, V5E), peaks).step()
+    peaks, costs = peaks or Peaks(1e12, 1e12), Costs(module, lanes=lanes, rows_used=rows_used)
+    return Roofline(module, costs, Traffic(module, LAYOUT, V5E.chip, V5E), peaks).step()
 
 
 def test_loops_count_as_often_as_they_turn():
