@@ -249,9 +249,9 @@ with Checkpointer(sys.argv[1], keep_last=1) as checkpointer:
 
 @pytest.mark.parametrize(("method", "step", "name", "kept"), [
     ("POST", 3, "process_0/00002", [2]),
-    ("POST", 3, "commit.json", [2]),
-    ("DELETE", 3, "writing/0", [2, 3]),
-    ("DELETE", 2, "process_0/00002", [3]),
+    pytest.param("POST", 3, "commit.json", [2], marks=pytest.mark.slow),
+    pytest.param("DELETE", 3, "writing/0", [2, 3], marks=pytest.mark.slow),
+    pytest.param("DELETE", 2, "process_0/00002", [3], marks=pytest.mark.slow),
 ], ids=["objects", "commit", "after the commit", "deletion"])
 def test_kill_inside_a_save(url, store, method, step, name, kept):
     """The third save of a life is killed, or the deletion of what it replaces, before this request is answered."""

@@ -179,6 +179,7 @@ def test_a_condition_may_name_any_column_of_the_file(tmp_path):
     assert json.loads((tmp_path / "out" / "fit.json").read_text())["n"] == 30
 
 
+@pytest.mark.slow
 def test_a_law_of_three_inputs_writes_the_same_files(tmp_path):
     params, tokens = ladder()
     unique = tokens / np.tile([1, 4, 16, 40, 1], 7)

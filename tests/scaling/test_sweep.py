@@ -108,6 +108,7 @@ def test_the_plan_names_every_run_and_refuses_what_cannot_fit(folder):
     assert code == 2 and "run large needs about" in error
 
 
+@pytest.mark.slow
 def test_packed_runs_end_like_runs_alone(folder):
     """Three of one program in one process, one that is not, and the first of them again by itself."""
     out = folder / "packed"

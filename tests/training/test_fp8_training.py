@@ -31,6 +31,7 @@ def test_a_step_is_near_bf16s(recipe):
     assert apart(step(recipe, window=2), step("bf16")) > 0.4  # another model is further
 
 
+@pytest.mark.slow
 def test_layers_that_stay_plain_are_bf16s():
     """All four of them: the same bits. The first two: nearer than none."""
     assert furthest(step("fp8", first=4).last, step("bf16").last) == 0

@@ -58,6 +58,7 @@ def test_a_sound_run_agrees(whole, capsys, step, start):
     assert (code, result["agrees"], result["from_checkpoint"]) == (0, True, start), result
 
 
+@pytest.mark.slow
 def test_a_sound_run_on_a_mesh_agrees(config, tmp_path, capsys):
     other = apply_overrides(config, ["mesh.data=2", "train.num_steps=3", "schedule.warmup_steps=1"])
     train(other, tmp_path, devices=jax.devices()[:4])

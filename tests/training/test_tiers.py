@@ -39,6 +39,7 @@ def test_a_run_goes_on_from_its_local_checkpoints(tmp_path, capsys):
     assert digest(tmp_path / "run", capsys) == whole[0]
 
 
+@pytest.mark.slow
 def test_a_run_in_an_object_store(tmp_path, capsys, monkeypatch):
     """The same end as in a folder, also after damage; and every command works on it."""
     config = write_config(tmp_path / "tiny.py", prepared(tmp_path / "data"))
