@@ -218,16 +218,9 @@ def _multiply(tiles: Tiles, each_piece: Callable, ring: _Ring, out_smem: Any, a_
     def one_piece(piece, step):
         steps, early = piece.steps, piece.early(rows)
 
-        def beside(index):
-            stage = ring.stage(step + steps + index)
-            plgpu.barrier_wait(ring.full.at[stage])
-            pair = ring.a[stage, rows, whole], ring.b[stage, 0, rows, whole]
-            plgpu.barrier_arrive(ring.empty.at[stage])
-            return pair
-
         def store(*sums):
-            results = piece.results(early, beside, rows, columns, *sums)
-            _store(results, out_smem.at[warpgroup])
+            beside = functools.partial(_beside, ring, step + steps, rows)
+            _store(piece.results(early, beside, rows, columns, *sums), out_smem.at[warpgroup])
 
         def part(index, total):
             first = index * tiles.promoted
@@ -243,6 +236,16 @@ def _multiply(tiles: Tiles, each_piece: Callable, ring: _Ring, out_smem: Any, a_
 
     each_piece(one_piece)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _beside(ring: _Ring, first: Any, rows: Any, index: int) -> tuple[jax.Array, jax.Array]:
+    """This warpgroup's rows of pair `index`, which are in the stages of the steps from `first` on."""
+    stage = ring.stage(first + index)
+    plgpu.barrier_wait(ring.full.at[stage])
+    pair = tuple(ref[stage, *here, rows, slice(None)] for ref, here in ((ring.a, ()), (ring.b, (0,))))
+    plgpu.commit_smem()  # all threads have read before one of them gives the stage back
+    plgpu.barrier_arrive(ring.empty.at[stage])
+    return pair
 
 
 def _store(results: Iterator[tuple[jax.Array, Any]], out_smem: Any) -> None:
@@ -265,8 +268,8 @@ def _store(results: Iterator[tuple[jax.Array, Any]], out_smem: Any) -> None:
 def varying(out: jax.Array, *inputs: jax.Array) -> jax.Array:
     """Inside a `shard_map`: `out` as what differs over the axes that `inputs` differ over, which a kernel does not say
     of its result."""
-    varying = lambda a: jax.typeof(a).manual_axis_type.varying  # noqa: E731
-    axes = frozenset().union(*map(varying, inputs)) - varying(out)
+    over = lambda a: jax.typeof(a).manual_axis_type.varying  # noqa: E731
+    axes = frozenset().union(*map(over, inputs)) - over(out)
     return lax.pcast(out, tuple(axes), to="varying") if axes else out
 
 
