@@ -106,14 +106,17 @@ def estimate(config: RunConfig, target: Target, compiled: Compiled, chip: Chip |
         "roofline": roofline,
         "dominating_term": words,
         "executed_flops_per_device": step.flops,
-        "warnings": [*unread(step.flops * devices, flops),
+        "warnings": [*unread(config, step.flops * devices, flops),
                      *(unjudged(facts["axes"]) if chip and not target.shape else []), *warnings(step)],
     }
 
 
-def unread(executed: float, useful: float) -> list[str]:
-    """A line where the program makes fewer products than its config needs: some are in calls that are not known."""
-    if executed > (1 - _UNREAD) * useful:
+def unread(config: RunConfig, executed: float, useful: float) -> list[str]:
+    """A line where the program makes fewer products than its config needs: some are in calls that are not known. Of
+    experts that have room for less than an even load nothing is said: they leave out useful ones."""
+    moe = config.model.moe
+    room = moe.buffer_factor or moe.capacity_factor or 1.0
+    if executed > (1 - _UNREAD) * useful or room < 1:
         return []
     return [f"of {useful:.4g} useful FLOPs a step {executed:.4g} were found in the program: executed_flops_per_device "
             "is too low, for products are in calls that planning/libraries.py does not know"]

@@ -17,9 +17,9 @@ from maxlm.flops import mean_visible_keys, parameter_count
 Kind = Literal["gemm", "fp8", "attention", "grouped", "grouped_fp8", "memory"]
 HALF, FULL = 2, 4  # bytes of activations and of masters
 LOGITS_PASSES = 4.5 * FULL  # bytes a logit: written, read for its peak, its sum and its gradient, which is in 16 bits
-# Bytes a parameter and step: AdamW reads and writes master and moments (24) and reads the gradient (2), whose norm is
-# read at two thirds of copy speed (3): the kernels of OLMoE's layers (docs/LOG.md, 2026-11-26).
-UPDATE_BYTES = 29
+# Bytes a parameter and step: AdamW reads and writes master and moments, and reads the gradient, whose norm is read once
+# more at two thirds of copy speed: the kernels of OLMoE's layers (docs/LOG.md, 2026-11-26).
+UPDATE_BYTES, GRADIENT_PASSES = 24, 2.5
 CAST_BYTES = FULL + HALF
 FP8_BYTES = 7  # a number: read for its maximum, read again, written in 8 bits, turned (read and written)
 FP8_WEIGHT_BYTES = 11
@@ -147,9 +147,11 @@ def head_parts(config: RunConfig, share: Share) -> list[Part]:
 def update_parts(config: RunConfig, share: Share) -> list[Part]:
     """What is done with parameters: cast once a microbatch, accumulated over several, updated once a step."""
     stored = stored_parameters(config, share)
-    accumulate = 3 * FULL * stored * share.microbatches if share.microbatches > 1 else 0.0
+    accumulated = share.microbatches > 1
+    gradient = FULL if accumulated or config.precision.recipe == "float32" else HALF
+    update = UPDATE_BYTES + GRADIENT_PASSES * gradient + (3 * FULL * share.microbatches if accumulated else 0)
     return [Part("casts", "memory", forward_bytes=CAST_BYTES * stored * share.microbatches),
-            Part("update", "memory", forward_bytes=UPDATE_BYTES * stored + accumulate)]
+            Part("update", "memory", forward_bytes=update * stored)]
 
 
 def stored_parameters(config: RunConfig, share: Share) -> float:

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from maxlm.config import MeshConfig, ModelConfig, MoEConfig
+from maxlm.config import MeshConfig, ModelConfig, MoEConfig, PrecisionConfig
 from maxlm.model.moe.layer import MoE
-from maxlm.numerics import FLOAT32, Fp8
+from maxlm.numerics import FLOAT32, Fp8, numerics_of
 from maxlm.parallel.mesh import make_mesh
 from maxlm.parallel.sharding import BATCH, STREAM, stored
 from tests.training.test_moe import emulated
@@ -122,6 +122,23 @@ def test_what_finds_no_room_is_left_out_counted_and_harms_nothing_else(exchange,
         kept += fits[0]
     assert 0 < load.dropped == B * T * K - kept
     assert all(np.isfinite(a).all() for a in grads)
+
+
+@pytest.mark.parametrize(("changes", "moe", "recipe", "fused"), [
+    ({}, {}, "bf16", True), ({"activation": "geglu"}, {}, "bf16", False), ({}, {"expert_bias": True}, "bf16", False),
+    pytest.param({}, {}, "fp8", False, marks=pytest.mark.skipif(
+        jax.__version_info__ < (0, 11), reason="this JAX's kernels have no products of two 8-bit formats"))])
+def test_which_experts_make_their_units_inside_of_products(changes, moe, recipe, fused):
+    """On Hopper, traced and not run: SwiGLU's in bfloat16, without biases, and no others'."""
+    made = layer(**moe)
+    config = dataclasses.replace(made.config, hidden_dim=128, expert_dim=128, **changes)
+    made = MoE(config, "mosaic_gpu", "all_gather", nnx.Rngs(params=jax.random.key(0)))
+    numerics = numerics_of(PrecisionConfig(recipe=recipe), "gpu")
+    x, ids = jax.ShapeDtypeStruct((2, 64, 128), jnp.bfloat16), jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    loss = lambda made, x, ids: jnp.sum(made(x, ids, numerics, None)[0].astype(jnp.float32))  # noqa: E731
+    traced = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(made, x, ids))
+    assert [name in traced for name in ("name=gated_product", "name=gated_gradients")] == [fused, fused]
+    assert "name=grouped_product" in traced and "name=grouped_weights" in traced
 
 
 def in_8_bits(scaling):

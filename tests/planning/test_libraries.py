@@ -4,6 +4,7 @@ The two programs are `maxlm bench`'s of olmoe_1b_7b with 8 layers and 8 rows of 
 trimmed to their products; `tests/golden/README.md` says how.
 """
 
+import dataclasses
 import gzip
 import pathlib
 import re
@@ -148,6 +149,10 @@ def test_a_report_says_where_products_were_not_found():
     assert whole["executed_flops_per_device"] > whole["flops_per_step"] and whole["warnings"] == []
     missing = judged(config, text.replace("mosaic_gpu_v2", "another_kernel"))
     assert "executed_flops_per_device is too low" in missing["warnings"][0]
+    moe = dataclasses.replace(config.model.moe, capacity_factor=0.5)  # experts that leave useful products out
+    model = dataclasses.replace(config.model, moe=moe)
+    few = judged(dataclasses.replace(config, model=model), text.replace("mosaic_gpu_v2", "another_kernel"))
+    assert few["warnings"] == []
 
 
 @pytest.mark.parametrize(("recipe", "arithmetic"), [("bf16", "bf16"), ("fp8", "bf16"), ("float32", "tf32")])

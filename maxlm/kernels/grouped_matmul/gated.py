@@ -61,4 +61,5 @@ def gated_gradients(g_RK: jax.Array, down: jax.Array, sizes_E: jax.Array, gate_R
 
 
 def _weights_of_rows(refs, group, rows):
+    assert refs[0].dtype == jnp.float32, refs[0].dtype
     return plgpu.load(refs[0].at[rows], *_INDEX, optimized=False)

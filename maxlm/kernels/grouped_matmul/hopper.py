@@ -28,7 +28,7 @@ def _product_tiles(columns: int) -> Tiles:
 
 def _weights_tiles(columns: int, eight_bit: bool) -> Tiles:
     """8-bit sums over all rows of a group are promoted, as those of dense layers are (numerics/fp8.py): of numbers of
-    one sign they were 6 to 12% off, and are 0.2% so, at 1,156 instead of 1,531 TFLOP/s (docs/LOG.md)."""
+    one sign they were 6 to 12% off, and are 0.2% so, at 1,081 instead of 1,531 TFLOP/s (docs/LOG.md)."""
     if eight_bit:
         return Tiles(128, 128, "rows", 6, promoted=1)
     return Tiles(128, 256, "rows", 4) if columns % 256 == 0 else Tiles(128, 128, "columns", 6)
@@ -70,16 +70,17 @@ def over_rows(parts: Sequence[tuple[jax.Array, tuple[jax.Array, ...]]], sizes_E:
     R, N, depth = a.shape[0], bs[0].shape[1 if b_last else 2], tiles.depth // a.dtype.itemsize
     assert tiles.rows == ROWS and R % ROWS == 0 and N % tiles.columns == 0, (R, N, tiles)
     assert all(a.shape[1] % depth == 0 and b.shape[0] == E for a, bs in parts for b in bs), [a.shape for a, _ in parts]
-    across, beside = N // tiles.columns, beside or ()
-    assert not beside or (b_last and depth == SQUARE and tiles.halved == "rows" and tiles.columns >= ROWS), tiles
+    across, brought = N // tiles.columns, beside or ()
+    assert not brought or (len(bs) == 1 and b_last and depth == SQUARE and tiles.halved == "rows"
+                           and tiles.columns >= ROWS), tiles
     end_E = jnp.cumsum(sizes_E) // ROWS
     group_t = jnp.sum(jnp.arange(R // ROWS)[:, None] >= end_E[None], axis=1, dtype=jnp.int32)  # E: behind the last
-    shapes = [_out((R, N), a.dtype)] * outputs + [jax.ShapeDtypeStruct((across, R), jnp.float32)] * bool(beside)
+    shapes = [_out((R, N), a.dtype)] * outputs + [jax.ShapeDtypeStruct((across, R), jnp.float32)] * bool(brought)
 
     def body(group_gmem, *refs):
         refs = iter(refs)
         extra_gmem, operands = [next(refs) for _ in extras], [(next(refs), [next(refs) for _ in bs]) for _ in parts]
-        beside_gmem, out_gmem = [next(refs) for _ in beside], [next(refs) for _ in shapes]
+        brought_gmem, out_gmem = [next(refs) for _ in brought], [next(refs) for _ in shapes]
 
         def piece(t: Any, scalars: tuple) -> Piece:
             (group,), down, along = scalars, lax.div(t, across), lax.rem(t, across)
@@ -100,8 +101,8 @@ def over_rows(parts: Sequence[tuple[jax.Array, tuple[jax.Array, ...]]], sizes_E:
                         place = out_gmem[output].at[rows, columns].at[here, columns_here]
                         yield result, place.at[:, pl.ds(first, result.shape[1])]
 
-            near = tuple(tuple(ref.at[rows, columns].at[:, pl.ds(first, SQUARE)] for ref in beside_gmem)
-                         for first in range(0, tiles.columns if beside else 0, SQUARE))
+            near = tuple(tuple(ref.at[rows, columns].at[:, pl.ds(first, SQUARE)] for ref in brought_gmem)
+                         for first in range(0, tiles.columns if brought else 0, SQUARE))
             read = lambda here: early(extra_gmem, group, pl.ds(down * ROWS + here.start, here.size))  # noqa: E731
             return Piece(tuple(one(*operand) for operand in operands), read, stored, near)
 
@@ -111,7 +112,7 @@ def over_rows(parts: Sequence[tuple[jax.Array, tuple[jax.Array, ...]]], sizes_E:
     b_shape = (tiles.columns, depth) if b_last else (depth, tiles.columns)
     paired = across % 2 == 0
     call = kernel(body, tiles, paired, shapes, ((ROWS, depth), a.dtype), (len(bs), *b_shape), bs[0].dtype)
-    outs = call(group_t, *extras, *(array for a, bs in parts for array in (a, *bs)), *beside)
+    outs = call(group_t, *extras, *(array for a, bs in parts for array in (a, *bs)), *brought)
     return [varying(out, sizes_E, bs[0]) for out in outs]
 
 
