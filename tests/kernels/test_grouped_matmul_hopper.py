@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from maxlm.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, hopper, persistent
+from maxlm.kernels.grouped_matmul.gated import gated_gradients
 
 E, ROWS, WIDTH, HIDDEN = 3, 512, 128, 256
 UNEVEN, ONE_TAKES_ALL, NONE = (128, 0, 256), (0, 384, 0), (0, 0, 0)
@@ -19,9 +20,17 @@ newer = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX's in
 
 @pytest.fixture
 def interpreted(monkeypatch):
+    """With a look for races between warpgroups and copies; those inside of a warpgroup the interpreter cannot see."""
     monkeypatch.setattr(persistent, "MULTIPROCESSORS", 2)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
+    assert not raced()
+
+
+def raced():
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # JAX tells it nowhere else
+
+    return gpu_callbacks.get_races().races_found
 
 
 def draw(seed, shape, dtype):
@@ -128,6 +137,24 @@ def test_swiglu_and_its_gradients(interpreted, hidden):
         assert relative(a, b) < 0.01
     for a, b in zip(got, both(functools.partial(apart, activate=jax.nn.gelu), jnp.float32, 0), strict=True):
         assert relative(a, b) > 0.01
+
+
+@newer
+def test_a_race_is_found(monkeypatch):
+    """The twin of what `interpreted` asserts: a stage is given back before it is read."""
+    def given_back_early(ring, first, rows, index):
+        stage = ring.stage(first + index)
+        plgpu.barrier_wait(ring.full.at[stage])
+        plgpu.barrier_arrive(ring.empty.at[stage])
+        return ring.a[stage, rows, slice(None)], ring.b[stage, 0, rows, slice(None)]
+
+    monkeypatch.setattr(persistent, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(persistent, "_beside", given_back_early)
+    units, g = [draw(seed, (ROWS, HIDDEN), jnp.bfloat16) for seed in (0, 1)], draw(2, (ROWS, WIDTH), jnp.bfloat16)
+    down, sizes = draw(3, (E, HIDDEN, WIDTH), jnp.bfloat16), jnp.asarray(UNEVEN, jnp.int32)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        jax.block_until_ready(gated_gradients(g, down, sizes, *units, jnp.ones(ROWS)))
+    assert raced()
 
 
 def test_swiglu_on_devices_that_hold_other_rows():
