@@ -1,7 +1,7 @@
 """What a run will cost, before it is paid for: parameters, tokens, FLOPs, seconds, bytes of device memory.
 
 Counts are exact; seconds and bytes are estimates from the config alone, without a compiler. The bytes of llama3_2_1b on
-an H200 come out within a tenth of what XLA allots (tests/scaling/test_cost.py).
+an H200 come out within a tenth of what XLA allots (tests/scaling/test_grid.py).
 """
 
 from __future__ import annotations
@@ -69,20 +69,27 @@ def devices_of(config: RunConfig) -> int:
 
 def memory_bytes(config: RunConfig, *, reference_attention: bool) -> float:
     """Bytes on one device: float32 masters, gradients and moments, weights in the compute dtype, what the layers keep
-    for the backward pass, and one chunk of logits. `reference_attention` keeps its weights whole, [B, H, T, T]."""
+    for the backward pass, and one chunk of logits. Gradients of layers that are not scanned come when what the layers
+    keep goes. `reference_attention` keeps its weights whole, [B, H, T, T]."""
     mesh, train = config.mesh, config.train
     fsdp = 1 if mesh.fsdp == "rest" else mesh.fsdp
     rows = train.global_batch_size / train.grad_accumulation / (mesh.data * mesh.stage * fsdp)
     tokens = rows * train.seq_len
     layers = config.model.num_layers * _layer_values(config, reference_attention) * tokens / mesh.tensor
+    layers *= BYTES[config.precision.recipe]
     logits = min(tokens * config.model.vocab_size * 4, LOGITS_BYTES) * LOGITS_COPIES
-    return _state_bytes(config) / (mesh.stage * fsdp * mesh.tensor) + layers * BYTES[config.precision.recipe] + logits
+    shards = mesh.stage * fsdp * mesh.tensor
+    gradients = 4 * parameter_count(config.model).total / shards
+    if config.compute.layer_unroll == "all" and train.grad_accumulation == 1:
+        gradients = max(0.0, gradients - layers)
+    return _state_bytes(config) / shards + gradients + layers + logits
 
 
 def _state_bytes(config: RunConfig) -> float:
+    """But gradients."""
     count, optimizer = parameter_count(config.model), config.optimizer
     moments = BYTES[optimizer.mu_dtype] + BYTES[optimizer.nu_dtype]
-    whole = count.total * (4 + 4 + moments + (0 if config.precision.recipe == "float32" else 2))
+    whole = count.total * (4 + moments + (0 if config.precision.recipe == "float32" else 2))
     matrices = count.attention + count.mlp + count.experts
     return whole - (matrices * BYTES[optimizer.nu_dtype] if optimizer.name == "muon" else 0)
 
