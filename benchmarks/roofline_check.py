@@ -29,7 +29,6 @@ from maxlm.hardware import CHIPS, chip_of
 from maxlm.overrides import apply_overrides, load_config
 from maxlm.parallel.mesh import axis_sizes
 from maxlm.planning.analytic import estimate
-from maxlm.planning.compiled import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PREDICTED_FOR = ("H100 SXM", "H200 SXM")
@@ -177,7 +176,7 @@ def score(records: Path, predictions: Path, out: Path | None) -> None:
     print(json.dumps(summary))
     if out:
         record = {"benchmark": "roofline_check", "predictions_written": predicted["written"],
-                  "predictions_commit": predicted["commit"], "versions": versions(), **summary, "rows": rows}
+                  "predictions_commit": predicted["commit"], **summary, "rows": rows}
         out.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -191,7 +190,7 @@ def _compared(record: dict, predicted: dict) -> dict:
         "compiled_memory_error": record["compiled_bytes_per_chip"] / peak - 1,
         "analytic_gb": predicted["bytes_per_chip"] / 1e9,
         "analytic_memory_error": predicted["bytes_per_chip"] / peak - 1,
-        "measured_commit": record["commit"], "date": record["date"],
+        "measured_commit": record["commit"], "versions": record["versions"], "date": record["date"],
     }
 
 

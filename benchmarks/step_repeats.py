@@ -24,6 +24,7 @@ import jax.numpy as jnp  # noqa: E402
 from maxlm.config import RunConfig  # noqa: E402
 from maxlm.overrides import apply_overrides, load_config  # noqa: E402
 from maxlm.parallel.mesh import make_mesh  # noqa: E402
+from maxlm.planning.compiled import versions  # noqa: E402
 from maxlm.schema import to_dict  # noqa: E402
 from maxlm.training.benchmark import commit, synthetic_batch  # noqa: E402
 from maxlm.training.digest import hex_digest, tree_digest  # noqa: E402
@@ -53,14 +54,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, help="append the record to the list in this file")
     arguments = parser.parse_args()
+    if arguments.repeats < 2:
+        parser.error("--repeats: two steps at least, to be compared")
     config = apply_overrides(load_config(arguments.config), arguments.overrides)
     found = repeated(config, arguments.repeats)
-    print(f"{Path(arguments.config).stem} {' '.join(arguments.overrides)}: {len(found)} different results in "
-          f"{arguments.repeats} steps from one state", flush=True)
+    print(f"{Path(arguments.config).stem} {' '.join(arguments.overrides)}: {arguments.repeats} steps from one state, "
+          f"results that came {', '.join(map(str, sorted(found.values(), reverse=True)))} times", flush=True)
     if arguments.json:
         record = {"benchmark": "step_repeats", "recipe": Path(arguments.config).stem, "commit": commit(),
                   "device_kind": jax.devices()[0].device_kind, "date": time.strftime("%Y-%m-%d"),
-                  "versions": {"jax": jax.__version__}, "repeats": arguments.repeats, "digests": found,
+                  "versions": versions(), "repeats": arguments.repeats, "digests": found,
                   "config": to_dict(config)}
         before = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
         arguments.json.write_text(json.dumps([*before, record], indent=1) + "\n")

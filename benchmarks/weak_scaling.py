@@ -26,7 +26,7 @@ from maxlm.planning.topology import find_target
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {64: ("4x4x4", 1), 128: ("4x4x8", 1), 256: ("4x8x8", 1), 512: ("8x8x8", 1), 1024: ("8x8x16", 1),
          2048: ("8x16x16", 1), 4096: ("16x16x16", 1), 8192: ("16x16x16", 2)}
-ROOM = 0.93  # of the memory: the analytic model is within a tenth of the compiler's
+ROOM = 0.93  # of the memory: the analytic model is mostly within a tenth of the compiler's
 
 
 def point(recipe: str, chips: int, rows_per_chip: int, ask_compiler: bool) -> dict:

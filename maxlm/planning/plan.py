@@ -19,7 +19,7 @@ from maxlm.planning.topology import Target
 from maxlm.schema import ConfigError, require
 
 PER_MESH = 2  # compiles of one mesh: its best microbatch and remat, and the next best
-HOPEFUL = 1.1  # of the memory that a chip has: the analytic model is within a tenth of the compiler
+HOPEFUL = 1.1  # of the memory that a chip has: the analytic model is mostly within a tenth of the compiler
 
 
 @dataclass

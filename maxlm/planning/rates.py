@@ -11,10 +11,10 @@ from maxlm.hardware import Chip
 
 # H100 and H200, which differ in memory alone. attention, copies, scan, fabric: benchmarks/results/primitives_h100.json.
 # gemm: products inside a training step, where the chip is at its power limit: 989 TFLOP/s times what makes
-# llama3_2_1b_h200_bf16.json of commit a82080b (504 ms a step) and 8 layers of Llama 3 8B (docs/FP8.md, 684 ms) come out
-# right together, against 0.80 for one product alone. fp8: the same from the fp8 rows of docs/FP8.md. grouped: the
-# kernels' own figures in grouped_matmul_h100.json and, for 8-bit gradients of weights, docs/LOG.md (2026-11-26: 1,154;
-# 1,081 as shipped since), less what products lose inside a step (665 of the 794 TFLOP/s in bf16 of
+# llama3_2_1b_h200_bf16.json of commit a82080b (504 ms a step) and 8 layers of Llama 3 8B (docs/LOG.md, 684 ms) come out
+# right together, against 0.80 for one product alone. fp8: the same from the fp8 steps there. grouped: the kernels' own
+# figures in grouped_matmul_h100.json and, for 8-bit gradients of weights, 1,154 TFLOP/s, within what docs/LOG.md has
+# (2026-11-26; 1,081 as shipped since), less what products lose inside a step (665 of the 794 TFLOP/s in bf16 of
 # primitives_h100.json).
 _HOPPER_GEMM, _HOPPER_FP8 = 665e12 / 989e12, 1200e12 / 1979e12
 _HOPPER_ATTENTION = {64: (396e12, 337e12), 128: (501e12, 420e12)}  # head_dim -> forward, backward; of a causal half

@@ -106,17 +106,17 @@ def estimate(config: RunConfig, target: Target, compiled: Compiled, chip: Chip |
         "roofline": roofline,
         "dominating_term": words,
         "executed_flops_per_device": step.flops,
-        "warnings": [*unread(config, step.flops * devices, flops),
+        "warnings": [*unread(config, facts["axes"], step.flops * devices, flops),
                      *(unjudged(facts["axes"]) if chip and not target.shape else []), *warnings(step)],
     }
 
 
-def unread(config: RunConfig, executed: float, useful: float) -> list[str]:
-    """A line where the program makes fewer products than its config needs: some are in calls that are not known. Of
-    experts that have room for less than an even load nothing is said: they leave out useful ones."""
+def unread(config: RunConfig, axes: dict[str, int], executed: float, useful: float) -> list[str]:
+    """A line where the program makes fewer products than its config needs: some are in calls that are not known.
+    Experts that have room for less than an even load leave useful ones out: then for that part."""
     moe = config.model.moe
-    room = moe.buffer_factor or moe.capacity_factor or 1.0
-    if executed > (1 - _UNREAD) * useful or room < 1:
+    room = moe.capacity_factor or (moe.buffer_factor if axes["expert"] > 1 else 0.0) or 1.0
+    if executed > (1 - _UNREAD) * min(1.0, room) * useful:
         return []
     return [f"of {useful:.4g} useful FLOPs a step {executed:.4g} were found in the program: executed_flops_per_device "
             "is too low, for products are in calls that planning/libraries.py does not know"]

@@ -17,8 +17,8 @@ from maxlm.flops import mean_visible_keys, parameter_count
 Kind = Literal["gemm", "fp8", "attention", "grouped", "grouped_fp8", "memory"]
 HALF, FULL = 2, 4  # bytes of activations and of masters
 LOGITS_PASSES = 4.5 * FULL  # bytes a logit: written, read for its peak, its sum and its gradient, which is in 16 bits
-# Bytes a parameter and step: AdamW reads and writes master and moments, and reads the gradient, whose norm is read once
-# more at two thirds of copy speed: the kernels of OLMoE's layers (docs/LOG.md, 2026-11-26).
+# Bytes a parameter and step: AdamW reads and writes master and moments, and reads the gradient, which has been read
+# once before, for its norm, at two thirds of copy speed: the kernels of OLMoE's layers (docs/LOG.md, 2026-11-26).
 UPDATE_BYTES, GRADIENT_PASSES = 24, 2.5
 CAST_BYTES = FULL + HALF
 FP8_BYTES = 7  # a number: read for its maximum, read again, written in 8 bits, turned (read and written)

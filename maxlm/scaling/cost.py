@@ -86,7 +86,7 @@ def memory_bytes(config: RunConfig, *, reference_attention: bool) -> float:
 
 
 def _state_bytes(config: RunConfig) -> float:
-    """But gradients."""
+    """Of the whole model's state, gradients apart."""
     count, optimizer = parameter_count(config.model), config.optimizer
     moments = BYTES[optimizer.mu_dtype] + BYTES[optimizer.nu_dtype]
     whole = count.total * (4 + moments + (0 if config.precision.recipe == "float32" else 2))

@@ -19,18 +19,22 @@ newer = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this JAX's in
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """With a look for races between warpgroups and copies; those inside of a warpgroup the interpreter cannot see."""
-    monkeypatch.setattr(persistent, "MULTIPROCESSORS", 2)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
-    assert not raced()
-
-
-def raced():
+def races(monkeypatch):
+    """Pallas' interpreter, and what it says of races between warpgroups and copies: a state a kernel. It takes a
+    warpgroup for one thread, so a race inside of one it cannot see."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # JAX tells it nowhere else
 
-    return gpu_callbacks.get_races().races_found
+    made, states = gpu_callbacks.GPURaceDetectionState, []
+    monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", lambda **kw: states.append(made(**kw)) or states[-1])
+    monkeypatch.setattr(persistent, "MULTIPROCESSORS", 2)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield states
+
+
+@pytest.fixture
+def interpreted(races):
+    yield
+    assert races and not any(state.races_found for state in races)
 
 
 def draw(seed, shape, dtype):
@@ -140,21 +144,32 @@ def test_swiglu_and_its_gradients(interpreted, hidden):
 
 
 @newer
-def test_a_race_is_found(monkeypatch):
-    """The twin of what `interpreted` asserts: a stage is given back before it is read."""
+def test_a_race_is_found(monkeypatch, races):
+    """The twin of what `interpreted` asserts: a stage is given back before it is read; in one kernel, not the last."""
     def given_back_early(ring, first, rows, index):
         stage = ring.stage(first + index)
         plgpu.barrier_wait(ring.full.at[stage])
         plgpu.barrier_arrive(ring.empty.at[stage])
         return ring.a[stage, rows, slice(None)], ring.b[stage, 0, rows, slice(None)]
 
-    monkeypatch.setattr(persistent, "MULTIPROCESSORS", 2)
     monkeypatch.setattr(persistent, "_beside", given_back_early)
     units, g = [draw(seed, (ROWS, HIDDEN), jnp.bfloat16) for seed in (0, 1)], draw(2, (ROWS, WIDTH), jnp.bfloat16)
     down, sizes = draw(3, (E, HIDDEN, WIDTH), jnp.bfloat16), jnp.asarray(UNEVEN, jnp.int32)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        jax.block_until_ready(gated_gradients(g, down, sizes, *units, jnp.ones(ROWS)))
-    assert raced()
+    jax.block_until_ready(gated_gradients(g, down, sizes, *units, jnp.ones(ROWS)))
+    jax.block_until_ready(hopper.grouped_weights(units[0], g, sizes, rows_last=False))
+    assert [state.races_found for state in races] == [True, False]
+
+
+def test_threads_meet_before_a_stage_is_given_back():
+    """What stands between the loads of units and the barrier, in the one kernel that loads from stages: without it a
+    thread gave back what others were reading. Twelve squares are stored behind a fence as well."""
+    shape = jax.ShapeDtypeStruct
+    rows, weights = shape((ROWS, HIDDEN), jnp.bfloat16), shape((ROWS,), jnp.float32)
+    traced = str(jax.make_jaxpr(gated_gradients)(
+        shape((ROWS, WIDTH), jnp.bfloat16), shape((E, HIDDEN, WIDTH), jnp.bfloat16), shape((E,), jnp.int32), rows, rows,
+        weights))
+    pairs, stores = HIDDEN // persistent.SQUARE, 3 * HIDDEN // persistent.SQUARE
+    assert traced.count("commit_smem") == pairs + stores
 
 
 def test_swiglu_on_devices_that_hold_other_rows():

@@ -33,7 +33,7 @@ def of_record(name):
 @pytest.mark.parametrize("name", ["llama3_2_1b_h200_bf16.json", "llama3_2_1b_h100_bf16.json",
                                   "olmoe_layer_h100_bf16.json", "olmoe_layer_h100_fp8.json"])
 def test_steps_that_were_measured(name, monkeypatch):
-    """What the rates are calibrated on comes out; at the chip's peaks, the perturbed twin, it does not."""
+    """Steps like those that the rates are calibrated on come out; at the chip's peaks, the twin, they do not."""
     record, config, chip = of_record(name)
     measured = record["step_seconds"]["median"]
     found = analytic.estimate(config, chip, ONE)

@@ -140,6 +140,12 @@ def test_memory_is_what_xla_allots_on_an_h200(request):
     record = json.loads((results / "llama3_2_1b_h200_bf16.json").read_text())
     estimate = memory_bytes(from_dict(RunConfig, record["config"]), reference_attention=False)
     assert estimate == pytest.approx(record["bytes_per_chip"], rel=0.1)
+    table, gradients = record["config"], 4 * record["parameters"]  # which come when what layers keep goes, or stay
+    scanned = {**table, "compute": {**table["compute"], "layer_unroll": 1}}
+    pieces = {**table, "train": {**table["train"], "grad_accumulation": 2, "global_batch_size": 16}}
+    for changed in (scanned, pieces):
+        more = memory_bytes(from_dict(RunConfig, changed), reference_attention=False) - estimate
+        assert more == pytest.approx(gradients, rel=0.01)
     optimizer = {**record["config"]["optimizer"], "mu_dtype": "float8", "nu_dtype": "float8"}
     small = from_dict(RunConfig, {**record["config"], "optimizer": optimizer})
     saved = estimate - memory_bytes(small, reference_attention=False)
