@@ -55,7 +55,7 @@ def arrays(run):
     return durable.arrays(STEPS, [name for name in durable.document(STEPS)["arrays"] if name.startswith("params/")])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.exhaustive)])
 def test_any_processes_and_devices_train_alike(config, tmp_path, optimizer):
     whole = lives(config, tmp_path / "whole", optimizer, (1, 4))
     elastic = lives(config, tmp_path / "elastic", optimizer, (1, 4), (2, 2), (4, 1), (1, 1))

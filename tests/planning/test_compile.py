@@ -99,7 +99,8 @@ def test_the_verb_prints_and_writes_and_remembers(recipe, tmp_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "devices"), [("v4:2x2x1", 4), ("v6e:2x2", 4), ("7x:2x2x1", 8)])
+@pytest.mark.parametrize(("name", "devices"), [
+    ("v4:2x2x1", 4), ("7x:2x2x1", 8), pytest.param("v6e:2x2", 4, marks=pytest.mark.exhaustive)])
 def test_the_other_chips(recipe, name, devices):
     """v4's two cores are one device, as they run; TPU7x's chiplets are two. Rates are a chip's, bytes a chip's too."""
     small = SHAPE | {"model": SHAPE["model"] | {"num_layers": 2}, "train": SHAPE["train"] | {"global_batch_size": 16}}
