@@ -165,7 +165,8 @@ def test_gradients_of_weights_alone_ask_nvidia_gpus_for_float32_sums(recipe, pla
     assert text.count("precision = [HIGHEST, HIGHEST]") == careful
 
 
-@pytest.mark.parametrize("name", ["llama3_2_1b_h100_fp8", "llama3_8b_6layers_h100_fp8"])
+@pytest.mark.parametrize("name", [f"{recipe}_{chip}_fp8" for recipe in ("llama3_2_1b", "llama3_8b_6layers")
+                                  for chip in ("h100", "h200")])
 def test_the_measured_steps_held_fp8_calls_alone(name):
     """What `maxlm bench` read off the programs that it timed; a product by another call would be named."""
     record = json.loads((RESULTS / f"{name}.json").read_text())
