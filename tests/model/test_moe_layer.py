@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config import MeshConfig, ModelConfig, MoEConfig, PrecisionConfig
+from maxlm.kernels.grouped_matmul import has_swiglu
 from maxlm.model.moe.layer import MoE
 from maxlm.numerics import FLOAT32, Fp8, numerics_of
 from maxlm.parallel.mesh import make_mesh
@@ -124,16 +125,15 @@ def test_what_finds_no_room_is_left_out_counted_and_harms_nothing_else(exchange,
     assert all(np.isfinite(a).all() for a in grads)
 
 
-@pytest.mark.parametrize(("changes", "moe", "recipe", "fused"), [
-    ({}, {}, "bf16", True), ({"activation": "geglu"}, {}, "bf16", False), ({}, {"expert_bias": True}, "bf16", False),
-    pytest.param({}, {}, "fp8", False, marks=pytest.mark.skipif(
-        jax.__version_info__ < (0, 11), reason="this JAX's kernels have no products of two 8-bit formats"))])
-def test_which_experts_make_their_units_inside_of_products(changes, moe, recipe, fused):
+@pytest.mark.parametrize(("changes", "moe", "fused"), [
+    ({}, {}, True), ({"activation": "geglu"}, {}, False), ({}, {"expert_bias": True}, False)])
+def test_which_experts_make_their_units_inside_of_products(changes, moe, fused):
     """On Hopper, traced and not run: SwiGLU's in bfloat16, without biases, and no others'."""
     made = layer(**moe)
     config = dataclasses.replace(made.config, hidden_dim=128, expert_dim=128, **changes)
     made = MoE(config, "mosaic_gpu", "all_gather", nnx.Rngs(params=jax.random.key(0)))
-    numerics = numerics_of(PrecisionConfig(recipe=recipe), "gpu")
+    numerics, eight_bit = (numerics_of(PrecisionConfig(recipe=recipe), "gpu") for recipe in ("bf16", "fp8"))
+    assert has_swiglu(numerics.experts, "mosaic_gpu") and not has_swiglu(eight_bit.experts, "mosaic_gpu")
     x, ids = jax.ShapeDtypeStruct((2, 64, 128), jnp.bfloat16), jax.ShapeDtypeStruct((2, 64), jnp.int32)
     loss = lambda made, x, ids: jnp.sum(made(x, ids, numerics, None)[0].astype(jnp.float32))  # noqa: E731
     traced = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(made, x, ids))
