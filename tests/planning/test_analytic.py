@@ -8,9 +8,9 @@ import pytest
 
 from maxlm.config import MeshConfig, RunConfig
 from maxlm.hardware import chip_of
-from maxlm.overrides import load_config
+from maxlm.overrides import apply_overrides, load_config
 from maxlm.parallel.mesh import axis_sizes
-from maxlm.planning import analytic, search
+from maxlm.planning import analytic, search, work
 from maxlm.planning.plan import plan
 from maxlm.planning.topology import find_target
 from maxlm.planning.torus import axis_links
@@ -42,6 +42,17 @@ def test_steps_that_were_measured(name, monkeypatch):
     assert found.mfu == pytest.approx(record["mfu"], rel=0.05)
     monkeypatch.setattr("maxlm.planning.rates.HOPPER", ())
     assert analytic.estimate(config, chip, ONE).seconds < 0.85 * measured
+
+
+@pytest.mark.parametrize(("precision", "pieces", "bytes_each"), [("bf16", 1, 29), ("fp8", 1, 29), ("float32", 1, 34),
+                                                                   ("bf16", 2, 34 + 2 * 12)])
+def test_an_update_moves_gradients_as_they_are_stored(precision, pieces, bytes_each):
+    """In 16 bits, but for float32's and those that are added up, of which a microbatch reads two and writes one."""
+    given = [f"precision.recipe={precision}", f"train.grad_accumulation={pieces}"]
+    config = apply_overrides(recipe("llama3_2_1b"), given)
+    share = work.share_of(config, ONE)
+    update = next(part for part in work.update_parts(config, share) if part.name == "update")
+    assert update.forward_bytes == bytes_each * work.stored_parameters(config, share)
 
 
 def test_what_crosses_the_mesh():
